@@ -1,0 +1,322 @@
+"""Measure a model without and with a prompt, or ask it a question.
+
+    python eval.py --model DIR [--prompt DIR] --forget FILE --retain FILE [--test-forget FILE] [--test-retain FILE]
+    python eval.py --model DIR --prompt DIR --ask "a film by the director in question"
+
+Accuracy is the share of rows whose greedy answer is the true one token for token; a single teacher-forced pass decides
+it, because greedy decoding leaves the true answer at the first token where the two differ. Predictions range over the
+whole vocabulary, as in the paper's code: an answer outside the label set is a miss for accuracy and F1.
+
+Exit status of every command here: 0 done, 2 wrong input (one line on stderr), 3 the run failed, 130 Ctrl-C.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import (Tokenizer, answer_ids, by_length, collate, continuations, make_examples, read_rows, read_sets,
+                  read_template)
+from model import Config, Llama, auto_dtype, weight_files, write_json
+from spul import fingerprint, load_prompt
+
+DEMO = Path(__file__).resolve().parent / "demo"
+MAX_LABELS = 50  # more different answers than this are no label set
+METRICS = ["accuracy", "probability", "f1", "generic", "outside", "commonest"]
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def answer_hidden(model, examples, prefix=None, shift=0, batch_size=32):
+    """Final-norm outputs that predict each example's answer tokens: a list of (n, d), in the examples' order.
+
+    shift 1 moves them one token on: what the model predicts after each answer token.
+    """
+    found = [None] * len(examples)
+    for indices in by_length(examples, batch_size):
+        batch = collate([examples[i] for i in indices], model.device)
+        h = model.hidden(batch.tokens, prefix, (batch.rows, batch.columns + shift))  # (N, d)
+        for i, part in zip(indices, h.split([examples[i].n for i in indices])):
+            found[i] = part.clone()
+    return found
+
+
+@torch.no_grad()
+def score(model, hidden, examples):
+    """Per example: whether the greedy answer is the true one, P(true answer), and the first token of the greedy one."""
+    scores = []
+    for start in range(0, len(examples), 64):
+        part = examples[start : start + 64]
+        log_p = F.log_softmax(model.head(torch.cat(hidden[start : start + 64])), dim=-1)  # (N, V)
+        targets = torch.tensor([t for e in part for t in e.ids[-e.n :]], device=log_p.device)  # (N,)
+        best = log_p.argmax(dim=-1).tolist()
+        log_p = log_p.gather(1, targets[:, None])[:, 0].tolist()
+        targets, at = targets.tolist(), 0
+        for e in part:
+            here = slice(at, at + e.n)
+            scores.append((best[here] == targets[here], math.exp(math.fsum(log_p[here])), best[at]))
+            at += e.n
+    return scores
+
+
+def named(ids, answers, tokenizer):
+    """The longest of the answers, {answer: its ids}, that ids begin with; else what they say, as <text>."""
+    fits = [name for name in answers if ids[: len(answers[name])] == answers[name]]
+    return max(fits, key=lambda name: len(answers[name])) if fits else f"<{tokenizer.decode(ids).strip()}>"
+
+
+def predict(model, tokenizer, examples, scores, answers, prefix=None, batch_size=32):
+    """The greedy answer of each example: one of answers, {answer: its ids}, or what it begins with instead.
+
+    The scores decide nearly all; only where a longer answer may have begun does the model have to go on writing.
+    """
+    said = [e.label if right else named([first], answers, tokenizer) for e, (right, _, first) in zip(examples, scores)]
+    longer = {ids[0] for ids in answers.values() if len(ids) > 1}
+    unsure = [i for i, (right, _, first) in enumerate(scores) if not right and first in longer]
+    for start in range(0, len(unsure), batch_size):
+        part = unsure[start : start + batch_size]
+        prompts = [examples[i].ids[: -examples[i].n] for i in part]
+        for i, ids in zip(part, continuations(model, prompts, max(map(len, answers.values())), prefix)):
+            said[i] = named(ids, answers, tokenizer)
+    return said
+
+
+def weighted_f1(truth, said):
+    """F1 of each true class, weighted by its rows. A prediction outside the classes is a miss for its row's class."""
+    support, guesses, hits = Counter(truth), Counter(said), Counter(t for t, s in zip(truth, said) if t == s)
+    return sum(n * 2 * hits[c] / (n + guesses[c]) for c, n in support.items()) / len(truth)
+
+
+def measure(model, tokenizer, examples, labels=None, generic=(), prefix=None, hidden=None, batch_size=32):
+    """A dict of what is measured on one split, all as fractions of 1.
+
+    labels: `label_set` of the rows; without one, only accuracy and probability. generic: the generic answers in it.
+    hidden: `answer_hidden` of these examples, where the caller has it already.
+    """
+    hidden = hidden or answer_hidden(model, examples, prefix, batch_size=batch_size)
+    scores, n = score(model, hidden, examples), len(examples)
+    result = {"rows": n, "accuracy": sum(right for right, _, _ in scores) / n,
+              "probability": math.fsum(p for _, p, _ in scores) / n}
+    if labels:
+        said = predict(model, tokenizer, examples, scores, labels, prefix, batch_size)
+        result |= {"f1": weighted_f1([e.label for e in examples], said),
+                   "generic": sum(s in generic for s in said) / n,
+                   "outside": sum(s in generic or s not in labels for s in said) / n,
+                   "commonest": Counter(said).most_common(1)[0][1] / n}
+    return result
+
+
+def label_set(rows, tokenizer, generic):
+    """{answer: its ids} of all rows' answers and the generic ones; None if there are too many to be a label set."""
+    raw = {row.label: row.raw for row in rows}
+    if len(raw) > MAX_LABELS:
+        return None
+    return {label: answer_ids(tokenizer, label, raw.get(label, False)) for label in [*sorted(raw), *generic]}
+
+
+def table(before, after=None):
+    """The results as text: a line per split, each metric in per cent, without -> with the prompt."""
+    names = [m for m in METRICS if any(m in r for r in before.values())]
+
+    def line(head, rows, cells):
+        return f"{head:13}{rows:>7}" + "".join(f"{c:>{17 if after else 13}}" for c in cells)
+
+    lines = [line("%", "rows", names)]
+    for split, b in before.items():
+        lines.append(line(split, b["rows"], [
+            (f"{100 * b[m]:.1f}" + (f" -> {100 * after[split][m]:5.1f}" if after else "")) if m in b else ""
+            for m in names]))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error here."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float from low (or above it) to high, never NaN or infinite."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            what = f"{'a whole' if kind is int else 'a'} number {'above' if above else 'of at least'} {low}"
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{most}")
+        return value
+
+    return parse
+
+
+def add_options(parser, data=True):
+    """The options that several commands share; data: the four files, too."""
+    group = parser.add_argument_group("model and data" + " (default: the bundled demo)" * data)
+    group.add_argument("--model", metavar="DIR", help="Hugging Face model folder: config.json, safetensors, tokenizer")
+    for name, what in [("forget", 'JSON Lines to forget, or with "forget": true|false in every row'),
+                       ("retain", "JSON Lines to keep"),
+                       ("test-forget", "unseen rows like those to forget, measured only"),
+                       ("test-retain", "unseen rows like those to keep, measured only")] * data:
+        group.add_argument(f"--{name}", metavar="FILE", help=what)
+    group.add_argument("--template", metavar="T", help="sentiment (default), question, a string with {text}, or a file")
+    group.add_argument("--max-length", type=number(int, 2), default=1024, metavar="N",
+                       help="tokens of a row, the prompt apart; longer texts lose their end (default 1024, paper)")
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                       help="auto: bf16 where the hardware multiplies it")
+    group.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="rows (default 32, paper)")
+
+
+def use_demo(args):
+    """Without --model and --forget: the bundled demo's files, where no other is named. -> whether it is the demo."""
+    if args.model or args.forget:
+        return False
+    args.model = str(DEMO / "model")
+    for name in ("forget", "retain", "test_forget", "test_retain"):
+        setattr(args, name, getattr(args, name) or str(DEMO / f"{name}.jsonl"))
+    args.template = args.template or "question"
+    return True
+
+
+def load_model(args):
+    """-> the frozen model and its tokenizer, on args.device in args.dtype."""
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    weight_files(args.model)  # the first to say that this is no model folder
+    dtype = {"auto": auto_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    tokenizer = Tokenizer(args.model)
+    return Llama.from_pretrained(args.model, dtype, device), tokenizer
+
+
+def row_limit(args, p):
+    """Tokens a row may have: --max-length, or what p prompt tokens leave of the model's own length."""
+    longest = Config.from_file(Path(args.model) / "config.json").max_position_embeddings
+    if longest - p < 2:
+        raise ValueError(f"{p} prompt tokens leave no room: the model takes {longest} positions in all")
+    return min(args.max_length, longest - p)
+
+
+def read_splits(args):
+    """-> {name: rows} of the files given, checked against nothing yet."""
+    splits = {}
+    if args.forget:
+        splits["train forget"], retain = read_sets(args.forget, args.retain)
+        splits |= {"train retain": retain} if retain else {}
+    elif args.retain:
+        splits["train retain"] = read_rows(args.retain)
+    for name in ("forget", "retain"):
+        if file := getattr(args, f"test_{name}"):
+            splits[f"test {name}"] = read_rows(file)
+    return splits
+
+
+def check_vocabulary(model, examples):
+    top = max(max(e.ids) for e in examples)
+    if top >= model.config.vocab_size:
+        raise ValueError(f"the tokenizer makes id {top}, the model knows {model.config.vocab_size}: they do not belong "
+                         "together")
+
+
+def run(main):
+    """Call main(); what a user can cause becomes one line on stderr and an exit status, a bug keeps its traceback."""
+    try:
+        status, message = main() or 0, None
+    except KeyboardInterrupt as e:
+        status, message = 130, str(e) or "stopped"
+    except FloatingPointError as e:
+        status, message = 3, str(e)
+    except (ValueError, OSError) as e:
+        status, message = 2, f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
+            raise  # the CPU's allocator has no exception of its own
+        status, message = 3, "out of memory: lower --batch-size or --max-length, or take --dtype bf16"
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+# -------------------------------------------------------------------------------------------------- the command
+
+
+def ask(model, tokenizer, text, template, labels, prefix=None):
+    """The model's greedy answer to one text: a label where labels are known and it is one, else one line of text."""
+    ids = tokenizer.bos + tokenizer.encode(template.replace("{text}", text))
+    if not ids:
+        raise ValueError("--ask: an empty text, and the tokenizer puts nothing in front")
+    new = continuations(model, [ids], max(map(len, labels.values()), default=64), prefix)[0]
+    return named(new, labels, tokenizer).strip("<>").split("\n")[0]
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add_options(parser)
+    group = parser.add_argument_group("what to measure")
+    group.add_argument("--prompt", metavar="DIR", help="folder that train.py wrote")
+    group.add_argument("--ask", metavar="TEXT", help="show the answers to one text instead")
+    group.add_argument("--json", metavar="FILE", help="write the table there, too")
+    args = parser.parse_args(argv)
+    if use_demo(args) and not args.prompt and (DEMO / "prompt" / "spul.json").exists():
+        args.prompt = str(DEMO / "prompt")
+    splits = {} if args.ask is not None else read_splits(args)
+    if not splits and args.ask is None:
+        raise ValueError("nothing to measure: give --forget, --retain, --test-forget, --test-retain or --ask")
+    if not args.model:
+        raise ValueError("--model DIR is missing")
+
+    phi, info = load_prompt(args.prompt, fingerprint(args.model)) if args.prompt else (None, {})
+    template = read_template(args.template or info.get("template") or "sentiment")
+    generic = info.get("generic", [])
+    model, tokenizer = load_model(args)
+    if phi is not None and phi.shape[1] != model.config.hidden_size:
+        raise ValueError(f"{args.prompt}: vectors of width {phi.shape[1]}, the model's is {model.config.hidden_size}")
+    with torch.no_grad():
+        prefix = None if phi is None else model.prefix(phi.to(model.device))
+
+    if args.ask is not None:
+        labels = {name: answer_ids(tokenizer, name) for name in [*(info.get("labels") or []), *generic]}
+        text = args.ask.replace("\\n", "\n")
+        print(f"without the prompt: {ask(model, tokenizer, text, template, labels)}")
+        if prefix is not None:
+            print(f"with the prompt:    {ask(model, tokenizer, text, template, labels, prefix)}")
+        return
+    limit = row_limit(args, 0 if phi is None else len(phi))
+    labels = label_set([row for rows in splits.values() for row in rows], tokenizer, generic)
+    before, after = {}, {}
+    for name, rows in splits.items():
+        examples, cut = make_examples(rows, tokenizer, template, limit)
+        check_vocabulary(model, examples)
+        if cut:
+            print(f"{name}: {cut} texts cut to {limit} tokens")
+        how = dict(labels=labels, generic=generic, batch_size=args.batch_size)
+        before[name] = measure(model, tokenizer, examples, **how)
+        if prefix is not None:
+            after[name] = measure(model, tokenizer, examples, prefix=prefix, **how)
+    print(table(before, after))
+    if args.json:
+        write_json(args.json, {"model": args.model, "prompt": args.prompt, "dtype": str(model.dtype), "without": before,
+                               "with": after or None})
+
+
+if __name__ == "__main__":
+    run(main)

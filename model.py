@@ -1,0 +1,491 @@
+"""A LLaMA-style decoder in plain PyTorch whose text may stand behind a differentiable prefix.
+
+What is special: `Llama.prefix(phi)` turns p prompt vectors into keys and values once, and every row of a batch attends
+to them. Attention is causal and the prompt stands in front, so they cannot depend on the text: the result is exactly
+that of repeating phi in every row, gradients included, at 1/B of the work. With `at`, only the positions that are
+scored go through the last layer's queries and the head.
+
+What is left out: dropout, weight gradients, anything but decoder-only RoPE models with RMSNorm and SwiGLU
+(Llama 1-3, Mistral, Qwen2, Qwen3 and what shares their config: SmolLM2, TinyLlama, Yi).
+
+Letters: B rows, T text tokens, p prompt tokens, S keys in sight (p + T), d width, H query heads, G key/value heads,
+c width of a head, V vocabulary, N scored positions, A scored positions of the row that has most.
+Conventions: RoPE pairs element i with i + c/2, as Hugging Face files do (Meta's own pair 2i with 2i+1). Text is padded
+on the right. Norms, RoPE tables and softmax run in float32; weights and activations in the dtype that was loaded.
+
+Errors a user can cause are ValueError or OSError, with the file in the message.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FAR = 2**30  # the position of a padding key: behind every query, so never in sight
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError, with the place, for anything else."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 (byte {e.start})") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected")
+    return value
+
+
+def write_whole(path, write):
+    """Let `write(temporary_path)` make a file, then move it to `path`: it appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files that only their owner may read
+        os.replace(temporary, path)
+    except SafetensorError as e:  # safetensors' own word for a full disk
+        raise OSError(f"{path}: could not be written: {e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------- config
+
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # as transformers names them
+
+
+@dataclass
+class Config:
+    """The architecture, under the names of `config.json`. The families differ in these values alone."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = None  # fewer than heads: grouped-query attention
+    head_dim: int = None
+    model_type: str = "llama"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    sliding_window: int = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 28
+    layer_types: tuple = None
+    bos_token_id: int = None
+    eos_token_id: object = None  # one id or a list of them
+
+    def __post_init__(self):
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "max_position_embeddings"]
+        for name in sizes:
+            if name == "num_key_value_heads" and self.num_key_value_heads is None:
+                self.num_key_value_heads = self.num_attention_heads
+            if name == "head_dim" and self.head_dim is None:
+                self.head_dim = self.hidden_size // self.num_attention_heads
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)!r} is no positive integer")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)!r} is no positive number")
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type {self.model_type!r} is not supported ({', '.join(FAMILIES)} are)")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
+        if any(w is not None and (type(w) is not int or w < 1) for w in self.windows):
+            raise ValueError(f"sliding_window {self.sliding_window!r} is no positive integer")
+        self.inv_freq("cpu")  # refuses rope settings it does not know
+
+    @classmethod
+    def from_file(cls, path):
+        """Read a `config.json`. Raises ValueError, with the reason, for an architecture this file cannot compute."""
+        raw = read_json(path)
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 keeps both in the former
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in raw]
+        wrong = [reason for found, reason in [
+            (missing or "model_type" not in raw, f"{', '.join(missing) or 'model_type'} is missing"),
+            (raw.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {raw.get('hidden_act')!r} is not silu"),
+            (raw.get("partial_rotary_factor") not in (1, None) or raw.get("rope_interleaved"),
+             "partial or interleaved rotary embedding is not supported"),
+            (raw.get("num_experts") or raw.get("num_local_experts"), "mixtures of experts are not supported"),
+            (raw.get("quantization_config"), "quantised weights are not supported: save the model in 16 or 32 bit"),
+            (not isinstance(rope, dict), "the rope settings are no object"),
+        ] if found]
+        if wrong:
+            raise ValueError(f"{path}: {wrong[0]}")
+        fields = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
+        theta = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        try:
+            return cls(**{**fields, "rope_theta": theta, "rope_scaling": scaling or None})
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}: {e}") from None
+
+    def inv_freq(self, device):
+        """Angle per position of each RoPE pair, (c/2,) float32; Llama 3.1's scaling after Meta's reference code."""
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        freq = 1.0 / self.rope_theta ** (pairs / self.head_dim)  # (c/2,)
+        rope = self.rope_scaling or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return freq
+        names = {"linear": ["factor"], "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor",
+                                                  "high_freq_factor"]}.get(kind)
+        if names is None:
+            raise ValueError(f"rope type {kind!r} is not supported (default, linear and llama3 are)")
+        if any(type(rope.get(name)) not in (int, float) for name in names):
+            raise ValueError(f"rope type {kind!r} needs numbers for {', '.join(names)}")
+        if kind == "linear":
+            return freq / rope["factor"]
+        factor, length, low, high = (rope[name] for name in names)
+        turns = length * freq / (2 * math.pi)  # of each pair over the length the model was first trained on
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay; 0: slow pairs are stretched
+        return freq * keep + freq / factor * (1 - keep)
+
+    @property
+    def windows(self):
+        """Per layer, how many positions back a query sees (itself included), or None for all."""
+        n = self.num_hidden_layers
+        if self.model_type == "mistral":
+            return [self.sliding_window] * n
+        if self.model_type == "llama" or not self.use_sliding_window or self.sliding_window is None:
+            return [None] * n
+        kinds = self.layer_types or ["sliding_attention" if i >= self.max_window_layers else "full_attention"
+                                     for i in range(n)]
+        if len(kinds) != n or set(kinds) - {"sliding_attention", "full_attention"}:
+            raise ValueError("layer_types must name full_attention or sliding_attention for each layer")
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+    @property
+    def qkv_bias(self):
+        return self.model_type == "qwen2" or self.o_bias
+
+    @property
+    def o_bias(self):
+        return self.attention_bias and self.model_type in ("llama", "qwen3")
+
+    @property
+    def stop_ids(self):
+        return {self.eos_token_id} if isinstance(self.eos_token_id, int) else set(self.eos_token_id or [])
+
+    def to_dict(self, dtype):
+        """What transformers reads back as this config."""
+        return {"architectures": [f"{FAMILIES[self.model_type]}ForCausalLM"], "hidden_act": "silu",
+                "torch_dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(self)}
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+
+def rope_table(inv_freq, positions):
+    """cos and sin of every position's angles: positions (B, T) -> two of (B, 1, T, c), float32; B may be 1."""
+    angles = positions[:, None, :, None].float() * inv_freq  # (B, 1, T, c/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, c)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """RoPE on x (B, heads, T, c) with cos and sin of `rope_table`."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    left, right = x.chunk(2, dim=-1)  # (B, heads, T, c/2) each
+    return x * cos + torch.cat([-right, left], dim=-1) * sin  # (B, heads, T, c)
+
+
+def visible(queries, keys, window=None):
+    """Which key each query sees, True where it does: positions (B, T) and (B, S) -> (B, 1, T, S); B may be 1."""
+    back = queries[:, None, :, None] - keys[:, None, None, :]  # (B, 1, T, S), how far back the key stands
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, c = config.hidden_size, config.head_dim
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.c = c
+        self.q_proj = nn.Linear(d, heads * c, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, groups * c, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, groups * c, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads * c, d, bias=config.o_bias)
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = nn.RMSNorm(c, config.rms_norm_eps), nn.RMSNorm(c, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def _heads(self, x):  # (B, T, heads * c) -> (B, T, heads, c)
+        return x.unflatten(-1, (-1, self.c))
+
+    def keys_values(self, x, rope):
+        """x (B, T, d) -> k, v (B, G, T, c), k with its position already in it."""
+        k = self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2)  # (B, G, T, c)
+        v = self._heads(self.v_proj(x)).transpose(1, 2)  # (B, G, T, c)
+        return rotate(k, rope), v
+
+    def forward(self, x, rope, k, v, mask):
+        """x (B, T, d) looks at k, v (B, G, S, c) through mask (B, 1, T, S) -> (B, T, d)."""
+        q = rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), rope)  # (B, H, T, c)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, c)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias and config.model_type == "llama"
+        self.gate_proj = nn.Linear(d, inner, bias=bias)
+        self.up_proj = nn.Linear(d, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, d, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask, past=None, pick=None):
+        """x (B, T, d) -> the layer's output (B, T, d) and all keys and values in sight, (B, G, S, c) each.
+
+        past: keys and values that stand in front of x's, (G, p, c), the same for every row, or (B, G, p, c).
+        pick: (grid, rope of the grid): only these columns of each row, (B, A), go on; the output is (B, A, d).
+        """
+        h = self.input_layernorm(x)
+        k, v = self.self_attn.keys_values(h, rope)
+        if past is not None:  # every row sees the same prefix; its gradient is the sum over the rows
+            k, v = (torch.cat([front.expand(len(x), -1, -1, -1), t], dim=2) for front, t in zip(past, (k, v)))
+        if pick is not None:
+            grid, rope = pick
+            columns = grid[..., None].expand(-1, -1, x.shape[-1])
+            x, h = x.gather(1, columns), h.gather(1, columns)  # (B, A, d)
+        x = x + self.self_attn(h, rope, k, v, mask)
+        return x + self.mlp(self.post_attention_layernorm(x)), (k, v)
+
+
+# ----------------------------------------------------------------------------------------------------- model
+
+
+class Llama(nn.Module):
+    """The frozen language model. It keeps no state between calls."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed_tokens.weight.dtype
+
+    def forward(self, tokens, prefix=None):
+        """tokens (B, T) -> logits (B, T, V), float32; row t predicts token t + 1."""
+        return self.head(self.hidden(tokens, prefix))
+
+    def prefix(self, phi):
+        """Prompt vectors phi (p, d) -> one (k, v) per layer, (G, p, c) each: what any text behind them attends to."""
+        positions = torch.arange(len(phi), device=self.device)[None]  # (1, p)
+        _, kv = self._run(phi.to(self.dtype)[None], positions, positions)  # B = 1
+        return [(k[0], v[0]) for k, v in kv]
+
+    def hidden(self, tokens, prefix=None, at=None):
+        """tokens (B, T), padded on the right -> final-norm outputs (B, T, d).
+
+        at: (rows, columns), two (N,) of int64, the positions that *predict*, the prefix not counted: only these are
+        computed to the end, and the result is (N, d) in their order.
+        """
+        p = prefix[0][0].shape[-2] if prefix else 0
+        keys = torch.arange(p + tokens.shape[1], device=self.device)[None]  # (1, S), positions of prefix and text
+        if at is None:
+            return self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix)[0]
+        rows, columns = at
+        grid, slots = scored_grid(rows, columns, len(tokens))  # (B, A), (N,)
+        x, _ = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, grid)  # (B, A, d)
+        return x[rows, slots]
+
+    def head(self, h):
+        """Final-norm outputs (..., d) -> logits (..., V), float32."""
+        table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(h, table.weight).float()
+
+    def _run(self, x, queries, keys, past=None, grid=None):
+        """All layers. x (B, T, d) at positions queries, past and x together at positions keys: (1, T) and (1, S), or
+        (B, T) and (B, S) where rows differ.
+
+        -> final-norm outputs (B, T, d), or (B, A, d) at the columns grid (B, A), and each layer's (k, v) of all keys.
+        """
+        inv_freq, windows = self.config.inv_freq(x.device), self.config.windows
+        rope, masks = rope_table(inv_freq, queries), {w: visible(queries, keys, w) for w in set(windows)}
+        kv, pick = [], None
+        for i, (layer, window) in enumerate(zip(self.layers, windows)):
+            if grid is not None and i == len(self.layers) - 1:
+                queries = queries.expand(len(x), -1).gather(1, grid)  # (B, A)
+                pick, masks = (grid, rope_table(inv_freq, queries)), {window: visible(queries, keys, window)}
+            x, in_sight = layer(x, rope, masks[window], past and past[i], pick)
+            kv.append(in_sight)
+        return self.norm(x), kv
+
+    @torch.no_grad()
+    def generate(self, tokens, lengths, prefix=None, max_new_tokens=32, temperature=0.0, generator=None):
+        """Continue each row of tokens (B, T), whose first lengths (B,) tokens count -> B lists of new ids.
+
+        A row ends before the first end-of-sequence id of the config. temperature 0 takes the likeliest token.
+        """
+        (B, T), p = tokens.shape, prefix[0][0].shape[-2] if prefix else 0
+        keys = torch.arange(p + T, device=self.device)[None]  # (1, S)
+        x, kv = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, (lengths - 1)[:, None])  # (B, 1, d)
+        keys = torch.where(keys < p + lengths[:, None], keys, FAR)  # (B, S), padding out of sight
+        new, done = [], torch.zeros(B, dtype=torch.bool, device=self.device)
+        stop = torch.tensor(sorted(self.config.stop_ids), dtype=torch.long, device=self.device)
+        for step in range(max_new_tokens):
+            logits = self.head(x[:, -1])  # (B, V)
+            if temperature > 0:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)  # (B, 1)
+            else:
+                token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            new.append(token)
+            done |= torch.isin(token[:, 0], stop)
+            if step == max_new_tokens - 1 or done.all():
+                break
+            position = p + lengths[:, None] + step  # (B, 1)
+            keys = torch.cat([keys, position], dim=1)
+            x, kv = self._run(self.embed_tokens(token), position, keys, kv)
+        rows = torch.cat(new, dim=1).tolist() if new else [[] for _ in range(B)]
+        return [row[: next((i for i, t in enumerate(row) if t in self.config.stop_ids), len(row))] for row in rows]
+
+    # -------------------------------------------------------------------------------------------- load and save
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Load a Hugging Face folder: config.json and one or many safetensors files, every weight frozen.
+
+        Tensors are mapped and moved one by one, so memory holds the weights once: in another dtype or on another
+        device as a copy, else as the mapped file itself. Raises ValueError or OSError with the file and the reason.
+        """
+        path, files = Path(path), weight_files(path)
+        config = Config.from_file(path / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        # the files' names are ours behind "model.", but for the head
+        wanted = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in model.named_parameters()}
+        loaded = {}
+        for file in files:
+            for name, tensor in read_tensors(file):
+                if name in loaded:
+                    raise ValueError(f"{file}: {name} is in another file, too")
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{file}: {name} is {tensor.dtype}: quantised weights are not supported")
+                if name in wanted and tensor.shape != wanted[name].shape:
+                    raise ValueError(f"{file}: {name} is {tuple(tensor.shape)}, config.json asks for "
+                                     f"{tuple(wanted[name].shape)}")
+                loaded[name] = tensor.to(device, dtype)
+        if config.tie_word_embeddings and "lm_head.weight" in loaded:
+            if not torch.equal(loaded.pop("lm_head.weight"), loaded.get("model.embed_tokens.weight", torch.empty(0))):
+                raise ValueError(f"{path}: lm_head.weight differs from the embedding though config.json ties them")
+        for problem, names in (("missing", wanted.keys() - loaded.keys()), ("surplus", loaded.keys() - wanted.keys())):
+            if names:
+                some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise ValueError(f"{path}: {problem} tensors: {some}")
+        model.load_state_dict({name.removeprefix("model."): t for name, t in loaded.items()}, assign=True)
+        return model.requires_grad_(False)
+
+    def save_pretrained(self, path):
+        """Write config.json and model.safetensors, as transformers reads them; the config, which completes it, last."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name if name == "lm_head.weight" else f"model.{name}": t.detach().contiguous()
+                   for name, t in self.named_parameters()}
+        write_whole(path / "model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+        write_json(path / "config.json", self.config.to_dict(self.dtype))
+
+
+def scored_grid(rows, columns, B):
+    """Positions (rows, columns), (N,) each -> grid (B, A): each row's columns, short rows filled with 0; and each
+    position's place in its line of the grid, (N,)."""
+    counts = torch.bincount(rows, minlength=B)  # (B,)
+    order = rows.argsort(stable=True)  # (N,)
+    slots = torch.empty_like(rows)  # (N,)
+    slots[order] = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+    grid = torch.zeros(B, int(counts.max()), dtype=torch.long, device=rows.device)  # (B, A)
+    grid[rows, slots] = columns
+    return grid, slots
+
+
+def weight_files(path):
+    """The safetensors files of a model folder. Pickled weights are refused: reading them can run code."""
+    path, index = Path(path), Path(path) / "model.safetensors.index.json"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no config.json there: a Hugging Face model folder is expected")
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index}: no weight_map from tensor to file")
+        for name in names.values():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{index}: {name!r} points outside the folder")
+        return [path / name for name in sorted(set(names.values()))]
+    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+        raise ValueError(f"{path}: only pickled weights, which can run code when read; convert them with transformers: "
+                         "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)")
+    raise FileNotFoundError(f"{path}: no model.safetensors and no model.safetensors.index.json")
+
+
+def read_tensors(file):
+    """Names and tensors of a safetensors file, mapped; not the RoPE constants that old files carry."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():
+                if not name.endswith("rotary_emb.inv_freq"):
+                    yield name, f.get_tensor(name)
+    except SafetensorError as e:
+        raise ValueError(f"{file}: not a whole safetensors file: {e}") from None
+
+
+def auto_dtype(device):
+    """bfloat16 on CUDA and on CPUs that multiply it in hardware, as torch reports them; float32 elsewhere."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.device(device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if able else torch.float32

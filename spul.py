@@ -1,0 +1,182 @@
+"""Soft Prompting for Unlearning (Bhaila, Van and Wu, arXiv 2406.12038v2): the prompt, the losses, the prompt's folder.
+
+A frozen model h, prompt vectors phi in front of every text x. On a forget row the answer becomes a generic one, on a
+retain row it stays:
+
+    L = L_f + alpha L_r + beta L_kl
+    L_f  = mean over forget rows of -log P(generic answer | phi, x)
+    L_r  = mean over retain rows of -log P(true answer    | phi, x)
+    L_kl = mean over retain rows of KL( h(. | x) || h(. | phi, x) )
+
+Log-probabilities and divergences are summed over a row's answer tokens; each mean is over the term's own rows of the
+batch, so a term without rows is 0. By default L_kl stands where the answer is predicted ("aligned"). The released code
+shifts the cross-entropies but not L_kl, which there compares what comes *after* the answer ("after-label").
+
+Letters: p prompt tokens, d width, N answer tokens of a batch, V vocabulary.
+"""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from model import read_json, weight_files, write_json, write_whole
+
+PROMPT_FILES = ("adapter_model.safetensors", "adapter_config.json", "spul.json")
+STATE = "state.safetensors"
+
+
+# --------------------------------------------------------------------------------------------------- the prompt
+
+
+class SoftPrompt(nn.Module):
+    """phi = W3 relu(W2 relu(W1 E + b1) + b2) + b3, E (p, d), W1: d -> hidden, the released code's p-tuning encoder.
+
+    Its parameter counts are the paper's (1.19M at p 30, d 4096), though the paper's text describes free vectors. Those
+    are hidden = 0: phi = E, at first p rows of `table` (V, d); they want a much larger learning rate.
+    """
+
+    def __init__(self, p, d, hidden=128, table=None):
+        super().__init__()
+        self.E = nn.Parameter(torch.randn(p, d))  # N(0, 1), as torch's nn.Embedding
+        self.mlp = nn.Identity()
+        if hidden:
+            self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                                     nn.Linear(hidden, d))
+        elif table is not None:
+            with torch.no_grad():
+                self.E.copy_(table[torch.randint(len(table), (p,))])
+
+    def forward(self):
+        return self.mlp(self.E)  # phi (p, d), float32
+
+
+# --------------------------------------------------------------------------------------------------- the losses
+
+
+def forget_loss(logits, generic, n):
+    """L_f. logits (N, V) that predict the generic answers' tokens generic (N,), of n forget rows -> scalar."""
+    return F.cross_entropy(logits.float(), generic, reduction="sum") / max(n, 1)
+
+
+def retain_loss(logits, targets, n):
+    """L_r. logits (N, V) that predict the true answers' tokens targets (N,), of n retain rows -> scalar."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(n, 1)
+
+
+def kl_loss(logits, teacher, n):
+    """L_kl = KL(teacher || prompted). Logits (N, V) with and teacher (N, V) without the prompt, of n retain rows."""
+    log_q, log_p = F.log_softmax(logits.float(), dim=-1), F.log_softmax(teacher.float(), dim=-1)  # (N, V)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(n, 1)  # sum of p (log p - log q)
+
+
+def spul_loss(loss_f, loss_r, loss_kl, alpha, beta):
+    """L = L_f + alpha L_r + beta L_kl."""
+    return loss_f + alpha * loss_r + beta * loss_kl
+
+
+# ---------------------------------------------------------------------------------------------- the prompt on disk
+
+
+def fingerprint(folder):
+    """A hex digest that tells one model from another: config.json, and of every weight file name, size, header and a
+    piece of each tensor. Reads a few megabytes of a 13 GB model; two models that differ only between the pieces agree.
+    """
+    files = weight_files(folder)
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for file in files:
+        with open(file, "rb") as f:
+            size = f.seek(0, 2)
+            f.seek(0)
+            length = f.read(8)
+            header = f.read(struct.unpack("<Q", length)[0]) if len(length) == 8 else b""
+            digest.update(f"{file.name} {size}".encode() + header)
+            try:
+                tensors = [t["data_offsets"] for name, t in json.loads(header).items() if name != "__metadata__"]
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{file}: not a whole safetensors file") from None
+            for begin, end in tensors:
+                f.seek(8 + len(header) + (begin + end) // 2)
+                digest.update(f.read(min(4096, (end - begin + 1) // 2)))
+    return digest.hexdigest()
+
+
+def save_prompt(folder, phi, config, info):
+    """Write phi (p, d) as a folder that `peft.PeftModel.from_pretrained` loads; spul.json, which completes it, last."""
+    folder, (p, d) = Path(folder), phi.shape
+    tensors = {"prompt_embeddings": phi.detach().float().cpu().contiguous()}
+    write_whole(folder / "adapter_model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": p, "token_dim": d,
+        "num_transformer_submodules": 1, "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers, "inference_mode": True, "revision": None, "auto_mapping": None,
+        "base_model_name_or_path": info["model"], "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None})  # no other keys: older peft refuses what it does not know
+    write_json(folder / "spul.json", {"format": "spul 1", "p": p, "d": d, **info})
+
+
+def load_prompt(folder, base_sha256=None):
+    """A prompt folder -> phi (p, d) float32 and the contents of spul.json.
+
+    Raises ValueError if it is no finished prompt, or if its model's fingerprint is not base_sha256 (None: not asked).
+    """
+    folder = Path(folder)
+    if not (folder / "spul.json").is_file():
+        hint = "its training has not finished: train.py --resume" if (folder / STATE).exists() else "no prompt folder"
+        raise FileNotFoundError(f"{folder}: no spul.json: {hint}")
+    info, file = read_json(folder / "spul.json"), folder / "adapter_model.safetensors"
+    if info.get("format") != "spul 1":
+        raise ValueError(f"{folder / 'spul.json'}: format {info.get('format')!r} is not 'spul 1'")
+    try:
+        phi = load_file(file)["prompt_embeddings"].float()
+    except (safetensors.SafetensorError, KeyError) as e:
+        raise ValueError(f"{file}: no whole file with prompt_embeddings: {e}") from None
+    if phi.dim() != 2 or list(phi.shape) != [info.get("p"), info.get("d")] or not phi.isfinite().all():
+        raise ValueError(f"{file}: prompt_embeddings {tuple(phi.shape)} is not what spul.json says, or not finite")
+    if base_sha256 and info.get("base_sha256") != base_sha256:
+        raise ValueError(f"{folder}: trained on another model ({info.get('model')}), and means nothing to this one")
+    return phi, info
+
+
+# ------------------------------------------------------------------------------------------------ training's state
+
+
+def save_state(folder, prompt, optimizer, step, run):
+    """What a run needs to go on after `step` steps: encoder, optimizer moments, and `run`, which describes the run.
+
+    No random states: every draw comes from the seed and the number of its epoch or step.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in prompt.named_parameters()}
+    for (name, parameter) in prompt.named_parameters():
+        for key, t in optimizer.state[parameter].items():
+            tensors[f"{name}/{key}"] = t.detach().cpu().contiguous()
+    metadata = {"step": str(step), "run": json.dumps(run)}
+    write_whole(Path(folder) / STATE, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_run(folder):
+    """The step and the description of the run in a state file. Raises ValueError if the file is not whole."""
+    file = Path(folder) / STATE
+    try:
+        with safetensors.safe_open(file, framework="pt") as f:
+            metadata = f.metadata()
+        return int(metadata["step"]), json.loads(metadata["run"])
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{file}: not a whole state file ({e}): start again with --overwrite") from None
+
+
+def load_state(folder, prompt, optimizer):
+    """Put a state file's tensors back into prompt and optimizer."""
+    tensors = load_file(Path(folder) / STATE)
+    with torch.no_grad():
+        for name, parameter in prompt.named_parameters():
+            parameter.copy_(tensors[name])
+            state = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
+            optimizer.state[parameter] = {key: t if key == "step" else t.to(parameter.device)
+                                          for key, t in state.items()}
