@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from data import (Tokenizer, answer_ids, by_length, collate, continuations, make_examples, read_rows, read_sets,
                   read_template)
-from model import Config, Llama, auto_dtype, weight_files, write_json
+from model import Config, Llama, weight_files, write_json
 from spul import fingerprint, load_prompt
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -193,6 +193,14 @@ def use_demo(args):
         setattr(args, name, getattr(args, name) or str(DEMO / f"{name}.jsonl"))
     args.template = args.template or "question"
     return True
+
+
+def auto_dtype(device):
+    """bfloat16 on CUDA and on CPUs that multiply it in hardware, as torch reports them; float32 elsewhere."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.device(device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if able else torch.float32
 
 
 def load_model(args):

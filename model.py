@@ -1,18 +1,14 @@
 """A LLaMA-style decoder in plain PyTorch whose text may stand behind a differentiable prefix.
 
-What is special: `Llama.prefix(phi)` turns p prompt vectors into keys and values once, and every row of a batch attends
-to them. Attention is causal and the prompt stands in front, so they cannot depend on the text: the result is exactly
-that of repeating phi in every row, gradients included, at 1/B of the work. With `at`, only the positions that are
-scored go through the last layer's queries and the head.
-
-What is left out: dropout, weight gradients, anything but decoder-only RoPE models with RMSNorm and SwiGLU
-(Llama 1-3, Mistral, Qwen2, Qwen3 and what shares their config: SmolLM2, TinyLlama, Yi).
+`Llama.prefix(phi)` turns p prompt vectors into keys and values once, and every row of a batch attends to them.
+Attention is causal and the prompt stands in front, so they cannot depend on the text: the result is exactly that of
+repeating phi in every row, gradients included, at 1/B of the work. With `at`, only scored positions go through the
+last layer's queries and the head. Left out: dropout, and whatever is no decoder with RoPE, RMSNorm and SwiGLU.
 
 Letters: B rows, T text tokens, p prompt tokens, S keys in sight (p + T), d width, H query heads, G key/value heads,
 c width of a head, V vocabulary, N scored positions, A scored positions of the row that has most.
 Conventions: RoPE pairs element i with i + c/2, as Hugging Face files do (Meta's own pair 2i with 2i+1). Text is padded
 on the right. Norms, RoPE tables and softmax run in float32; weights and activations in the dtype that was loaded.
-
 Errors a user can cause are ValueError or OSError, with the file in the message.
 """
 
@@ -33,7 +29,6 @@ FAR = 2**30  # the position of a padding key: behind every query, so never in si
 
 
 # ---------------------------------------------------------------------------------------------------- files
-
 
 def read_json(path):
     """The JSON object in a file. Raises ValueError, with the place, for anything else."""
@@ -74,7 +69,6 @@ def write_json(path, value):
 
 # --------------------------------------------------------------------------------------------------- config
 
-
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # as transformers names them
 
 
@@ -105,12 +99,11 @@ class Config:
     eos_token_id: object = None  # one id or a list of them
 
     def __post_init__(self):
-        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "max_position_embeddings"]
-        for name in sizes:
-            if name == "num_key_value_heads" and self.num_key_value_heads is None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            if getattr(self, name) is None and name == "num_key_value_heads":
                 self.num_key_value_heads = self.num_attention_heads
-            if name == "head_dim" and self.head_dim is None:
+            if getattr(self, name) is None and name == "head_dim":
                 self.head_dim = self.hidden_size // self.num_attention_heads
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)!r} is no positive integer")
@@ -131,17 +124,19 @@ class Config:
         raw = read_json(path)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 keeps both in the former
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in raw]
-        wrong = [reason for found, reason in [
+        plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
+        for wrong, reason in [
             (missing or "model_type" not in raw, f"{', '.join(missing) or 'model_type'} is missing"),
-            (raw.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {raw.get('hidden_act')!r} is not silu"),
-            (raw.get("partial_rotary_factor") not in (1, None) or raw.get("rope_interleaved"),
-             "partial or interleaved rotary embedding is not supported"),
-            (raw.get("num_experts") or raw.get("num_local_experts"), "mixtures of experts are not supported"),
-            (raw.get("quantization_config"), "quantised weights are not supported: save the model in 16 or 32 bit"),
-            (not isinstance(rope, dict), "the rope settings are no object"),
-        ] if found]
-        if wrong:
-            raise ValueError(f"{path}: {wrong[0]}")
+            (raw.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {raw.get('hidden_act')!r}"),
+            (not plain, "the rope settings are no object of numbers"),
+            ({raw.get("partial_rotary_factor"), plain and rope.get("partial_rotary_factor")} - {None, False, 1},
+             "partial rotary embedding"),
+            (raw.get("rope_interleaved"), "interleaved rotary embedding"),
+            (raw.get("num_experts") or raw.get("num_local_experts"), "a mixture of experts"),
+            (raw.get("quantization_config"), "quantised weights, not saved in 16 or 32 bit"),
+        ]:
+            if wrong:
+                raise ValueError(f"{path}: {reason}: not supported")
         fields = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         theta = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -158,15 +153,15 @@ class Config:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return freq
-        names = {"linear": ["factor"], "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor",
-                                                  "high_freq_factor"]}.get(kind)
-        if names is None:
+        names = ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]
+        if kind not in ("linear", "llama3"):
             raise ValueError(f"rope type {kind!r} is not supported (default, linear and llama3 are)")
-        if any(type(rope.get(name)) not in (int, float) for name in names):
-            raise ValueError(f"rope type {kind!r} needs numbers for {', '.join(names)}")
+        numbers = [rope.get(name) for name in names[: 1 if kind == "linear" else 4]]
+        if any(type(number) not in (int, float) for number in numbers):
+            raise ValueError(f"rope type {kind!r} needs numbers for {', '.join(names[: len(numbers)])}")
         if kind == "linear":
-            return freq / rope["factor"]
-        factor, length, low, high = (rope[name] for name in names)
+            return freq / numbers[0]
+        factor, length, low, high = numbers
         turns = length * freq / (2 * math.pi)  # of each pair over the length the model was first trained on
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay; 0: slow pairs are stretched
         return freq * keep + freq / factor * (1 - keep)
@@ -179,8 +174,8 @@ class Config:
             return [self.sliding_window] * n
         if self.model_type == "llama" or not self.use_sliding_window or self.sliding_window is None:
             return [None] * n
-        kinds = self.layer_types or ["sliding_attention" if i >= self.max_window_layers else "full_attention"
-                                     for i in range(n)]
+        kinds = self.layer_types or [
+            "full_attention" if i < self.max_window_layers else "sliding_attention" for i in range(n)]
         if len(kinds) != n or set(kinds) - {"sliding_attention", "full_attention"}:
             raise ValueError("layer_types must name full_attention or sliding_attention for each layer")
         return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
@@ -193,10 +188,6 @@ class Config:
     def o_bias(self):
         return self.attention_bias and self.model_type in ("llama", "qwen3")
 
-    @property
-    def stop_ids(self):
-        return {self.eos_token_id} if isinstance(self.eos_token_id, int) else set(self.eos_token_id or [])
-
     def to_dict(self, dtype):
         """What transformers reads back as this config."""
         return {"architectures": [f"{FAMILIES[self.model_type]}ForCausalLM"], "hidden_act": "silu",
@@ -204,7 +195,6 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------- layers
-
 
 def rope_table(inv_freq, positions):
     """cos and sin of every position's angles: positions (B, T) -> two of (B, 1, T, c), float32; B may be 1."""
@@ -241,19 +231,16 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def _heads(self, x):  # (B, T, heads * c) -> (B, T, heads, c)
-        return x.unflatten(-1, (-1, self.c))
-
     def keys_values(self, x, rope):
         """x (B, T, d) -> k, v (B, G, T, c), k with its position already in it."""
-        k = self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2)  # (B, G, T, c)
-        v = self._heads(self.v_proj(x)).transpose(1, 2)  # (B, G, T, c)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.c))).transpose(1, 2)  # (B, G, T, c)
+        v = self.v_proj(x).unflatten(-1, (-1, self.c)).transpose(1, 2)  # (B, G, T, c)
         return rotate(k, rope), v
 
     def forward(self, x, rope, k, v, mask):
         """x (B, T, d) looks at k, v (B, G, S, c) through mask (B, 1, T, S) -> (B, T, d)."""
-        q = rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), rope)  # (B, H, T, c)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, c)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.c))).transpose(1, 2)  # (B, H, T, c)
+        y = F.scaled_dot_product_attention(rotate(q, rope), k, v, attn_mask=mask, enable_gqa=True)  # (B, H, T, c)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -297,7 +284,6 @@ class Layer(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- model
 
-
 class Llama(nn.Module):
     """The frozen language model. It keeps no state between calls."""
 
@@ -339,7 +325,9 @@ class Llama(nn.Module):
         if at is None:
             return self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix)[0]
         rows, columns = at
-        grid, slots = scored_grid(rows, columns, len(tokens))  # (B, A), (N,)
+        slots = (rows[:, None] == rows).tril(-1).sum(dim=1)  # (N,), how many of the same row come before it
+        grid = columns.new_zeros(len(tokens), int(slots.max()) + 1)  # (B, A), each row's columns, filled up with 0
+        grid[rows, slots] = columns
         x, _ = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, grid)  # (B, A, d)
         return x[rows, slots]
 
@@ -375,8 +363,8 @@ class Llama(nn.Module):
         keys = torch.arange(p + T, device=self.device)[None]  # (1, S)
         x, kv = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, (lengths - 1)[:, None])  # (B, 1, d)
         keys = torch.where(keys < p + lengths[:, None], keys, FAR)  # (B, S), padding out of sight
-        new, done = [], torch.zeros(B, dtype=torch.bool, device=self.device)
-        stop = torch.tensor(sorted(self.config.stop_ids), dtype=torch.long, device=self.device)
+        new, done, ends = [], torch.zeros(B, dtype=torch.bool, device=self.device), self.config.eos_token_id
+        ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=torch.long, device=self.device)
         for step in range(max_new_tokens):
             logits = self.head(x[:, -1])  # (B, V)
             if temperature > 0:
@@ -384,14 +372,15 @@ class Llama(nn.Module):
             else:
                 token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             new.append(token)
-            done |= torch.isin(token[:, 0], stop)
+            done |= torch.isin(token[:, 0], ends)
             if step == max_new_tokens - 1 or done.all():
                 break
             position = p + lengths[:, None] + step  # (B, 1)
             keys = torch.cat([keys, position], dim=1)
             x, kv = self._run(self.embed_tokens(token), position, keys, kv)
-        rows = torch.cat(new, dim=1).tolist() if new else [[] for _ in range(B)]
-        return [row[: next((i for i, t in enumerate(row) if t in self.config.stop_ids), len(row))] for row in rows]
+        new = torch.cat(new, dim=1)  # (B, steps)
+        lasts = (torch.isin(new, ends).cumsum(dim=1) == 0).sum(dim=1)  # (B,), tokens before the first end
+        return [row[:n] for row, n in zip(new.tolist(), lasts.tolist())]
 
     # -------------------------------------------------------------------------------------------- load and save
 
@@ -399,34 +388,24 @@ class Llama(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Load a Hugging Face folder: config.json and one or many safetensors files, every weight frozen.
 
-        Tensors are mapped and moved one by one, so memory holds the weights once: in another dtype or on another
-        device as a copy, else as the mapped file itself. Raises ValueError or OSError with the file and the reason.
+        Tensors are mapped and moved one by one: memory holds the weights once, or, if neither dtype nor device
+        changes, only as the mapped file. Raises ValueError or OSError with the file and the reason.
         """
         path, files = Path(path), weight_files(path)
         config = Config.from_file(path / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        # the files' names are ours behind "model.", but for the head
-        wanted = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in model.named_parameters()}
         loaded = {}
         for file in files:
             for name, tensor in read_tensors(file):
-                if name in loaded:
-                    raise ValueError(f"{file}: {name} is in another file, too")
-                if not tensor.is_floating_point():
-                    raise ValueError(f"{file}: {name} is {tensor.dtype}: quantised weights are not supported")
-                if name in wanted and tensor.shape != wanted[name].shape:
-                    raise ValueError(f"{file}: {name} is {tuple(tensor.shape)}, config.json asks for "
-                                     f"{tuple(wanted[name].shape)}")
-                loaded[name] = tensor.to(device, dtype)
+                loaded[name.removeprefix("model.")] = tensor.to(device, dtype)
         if config.tie_word_embeddings and "lm_head.weight" in loaded:
-            if not torch.equal(loaded.pop("lm_head.weight"), loaded.get("model.embed_tokens.weight", torch.empty(0))):
+            if not torch.equal(loaded.pop("lm_head.weight"), loaded.get("embed_tokens.weight", torch.empty(0))):
                 raise ValueError(f"{path}: lm_head.weight differs from the embedding though config.json ties them")
-        for problem, names in (("missing", wanted.keys() - loaded.keys()), ("surplus", loaded.keys() - wanted.keys())):
-            if names:
-                some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                raise ValueError(f"{path}: {problem} tensors: {some}")
-        model.load_state_dict({name.removeprefix("model."): t for name, t in loaded.items()}, assign=True)
+        try:
+            model.load_state_dict(loaded, assign=True)
+        except RuntimeError as e:  # names every tensor that is missing, surplus or of another shape
+            raise ValueError(f"{path}: {' '.join(str(e).split())[:400]}") from None
         return model.requires_grad_(False)
 
     def save_pretrained(self, path):
@@ -437,18 +416,6 @@ class Llama(nn.Module):
                    for name, t in self.named_parameters()}
         write_whole(path / "model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
         write_json(path / "config.json", self.config.to_dict(self.dtype))
-
-
-def scored_grid(rows, columns, B):
-    """Positions (rows, columns), (N,) each -> grid (B, A): each row's columns, short rows filled with 0; and each
-    position's place in its line of the grid, (N,)."""
-    counts = torch.bincount(rows, minlength=B)  # (B,)
-    order = rows.argsort(stable=True)  # (N,)
-    slots = torch.empty_like(rows)  # (N,)
-    slots[order] = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
-    grid = torch.zeros(B, int(counts.max()), dtype=torch.long, device=rows.device)  # (B, A)
-    grid[rows, slots] = columns
-    return grid, slots
 
 
 def weight_files(path):
@@ -473,19 +440,15 @@ def weight_files(path):
 
 
 def read_tensors(file):
-    """Names and tensors of a safetensors file, mapped; not the RoPE constants that old files carry."""
+    """Names and tensors of a safetensors file, mapped, without the RoPE constants that old files carry."""
     try:
         with safe_open(file, framework="pt") as f:
             for name in f.keys():
-                if not name.endswith("rotary_emb.inv_freq"):
-                    yield name, f.get_tensor(name)
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue
+                tensor = f.get_tensor(name)
+                if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                    raise ValueError(f"{file}: {name} is {tensor.dtype}: quantised weights are not supported")
+                yield name, tensor
     except SafetensorError as e:
         raise ValueError(f"{file}: not a whole safetensors file: {e}") from None
-
-
-def auto_dtype(device):
-    """bfloat16 on CUDA and on CPUs that multiply it in hardware, as torch reports them; float32 elsewhere."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = torch.device(device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if able else torch.float32

