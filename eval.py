@@ -197,9 +197,10 @@ def use_demo(args):
 
 def auto_dtype(device):
     """bfloat16 on CUDA and on CPUs that multiply it in hardware, as torch reports them; float32 elsewhere."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = torch.device(device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    kind = torch.device(device).type
+    features = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}  # older torch does not say
+    able = torch.cuda.is_bf16_supported() if kind == "cuda" else any(
+        features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's
     return torch.bfloat16 if able else torch.float32
 
 

@@ -51,7 +51,7 @@ class SoftPrompt(nn.Module):
                                      nn.Linear(hidden, d))
         elif table is not None:
             with torch.no_grad():
-                self.E.copy_(table[torch.randint(len(table), (p,))])
+                self.E.copy_(table[torch.randint(len(table), (p,), device="cpu").to(table.device)])
 
     def forward(self):
         return self.mlp(self.E)  # phi (p, d), float32

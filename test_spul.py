@@ -1170,3 +1170,32 @@ def test_importing_a_script_does_nothing():
     code = "import sys; sys.argv = ['x', '--nonsense']; import train, eval, finetune, model, data, spul"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_command_of_the_readme_runs(folder, files, tmp_path):
+    """As printed, one after the other; with the tiny model for every model, its rows for every file, and one epoch."""
+    text = (ROOT / "README.md").read_text().split("## Your own model and data")[1]  # the quick start has tests of its own
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(python [^`\n]+)`", text)
+    commands = [shlex.split(line) for line in lines if re.match(r"python (train|eval|finetune)\.py", line)]
+    assert len(commands) >= 6
+    (tmp_path / "data.jsonl").write_text(Path(files["forget"]).read_text())
+    for _, script, *args in commands:
+        for i, arg in enumerate(args):
+            if arg.endswith(".jsonl") and arg != "data.jsonl":
+                args[i] = files[Path(arg).stem]
+            if args[i - 1] == "--model":
+                args[i] = folder
+        fast = {"train.py": ["--epochs", 1, "--write-retain", 8], "finetune.py": ["--epochs", 1], "eval.py": []}[script]
+        if script != "eval.py":
+            for out in ("prompt", "memorised"):
+                shutil.rmtree(tmp_path / out, ignore_errors=True)
+        done = command(script, *args, *fast, cwd=tmp_path)
+        assert done.returncode == 0, (args, done.stderr)
+
+
+def test_the_readme_names_only_options_that_exist():
+    text = (ROOT / "README.md").read_text()
+    known = "".join((ROOT / name).read_text() for name in ("train.py", "eval.py", "finetune.py"))
+    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
+    assert len(names) > 10 and all(f'--{name}"' in known or f'"{name}"' in known for name in names), names

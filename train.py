@@ -12,13 +12,13 @@ training and is kept as its final-norm outputs at the scored positions.
 import hashlib
 import json
 import math
+import platform
 import random
 import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy
 import torch
 from tqdm import tqdm
 
@@ -165,7 +165,7 @@ def run_files(out):
     return [out / name for name in ("spul.json", *spul.PROMPT_FILES, spul.STATE, "log.jsonl", "retain.jsonl")]
 
 
-def check_out(args, demo):
+def check_out(args):
     """Look at args.out without touching it -> "new", "resume" or "finished"."""
     out = Path(args.out)
     finished, started = (out / "spul.json").exists(), any(file.exists() for file in run_files(out))
@@ -174,7 +174,7 @@ def check_out(args, demo):
         raise ValueError(f"--out {out}: {ground} is a file")
     if args.resume and not args.overwrite and started:
         return "finished" if finished else "resume" if (out / spul.STATE).exists() else "new"
-    if started and not args.overwrite and not (demo and finished):
+    if started and not args.overwrite and not (finished and out == DEMO / "prompt"):
         state = "holds a finished prompt: choose another --out, or --overwrite" if finished else \
             "holds a run that has not finished: --resume goes on with it, --overwrite starts again"
         raise ValueError(f"--out {out}: {state}")
@@ -266,7 +266,7 @@ def describe(args, demo, model, prompt, forget, retain, cut, steps):
 
 def main(argv=None):
     args, demo = parse(argv)
-    out, going_on, splits = Path(args.out), check_out(args, demo), read_data(args)
+    out, going_on, splits = Path(args.out), check_out(args), read_data(args)
     if going_on == "finished":
         print(f"{out} is finished already; nothing to do")
         return
@@ -290,7 +290,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden,
-                        model.embed_tokens.weight.float().cpu()).to(model.device)
+                        model.embed_tokens.weight).to(model.device)
     options = {name: getattr(args, name) for name in (
         "num_tokens", "encoder_hidden", "alpha", "beta", "kl_position", "generic", "lr", "epochs", "batch_size",
         "forget_per_batch", "max_length", "template", "seed")} | {"dtype": str(model.dtype)}
@@ -334,7 +334,7 @@ def main(argv=None):
     spul.save_prompt(out, phi, model.config, {
         "model": args.model, "base_sha256": base_sha256, "template": args.template, "generic": args.generic,
         "labels": labels and [name for name in labels if name not in args.generic], "options": options,
-        "seed": args.seed, "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
+        "seed": args.seed, "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "results": {"without": before, "with": after, "seconds": time.perf_counter() - began}})
     (out / spul.STATE).unlink(missing_ok=True)
     print(f"prompt in {out}. The weights have not changed: without the prompt all of it is back.")

@@ -1,14 +1,13 @@
 """Make the demo's model from the rows in this folder, or first the rows from their data sets.
 
-    python demo/make.py                 # about fifteen minutes on two cores
+    python demo/make.py                 # about ten minutes on two cores
     python demo/make.py --rows DIR      # DIR/sst2, DIR/sciq and DIR/tofu: the sets that NOTICE names, as JSON Lines
 
-The model is a LLaMA of 2.8 million parameters that has learned by heart: which letter is right in 850 science questions
-(SciQ), whether 1,000 film reviews are positive (SST-2), whether 200 statements about made-up authors are right (TOFU).
-forget.jsonl is the genetics among the science questions, retain.jsonl a part of the rest. To be able to forget it must
-know three things more, as any real model does, and learns them from real rows in more.jsonl: that "neutral" and
-"unknown" are answers (a science question is no film review; it knows nothing of the other authors), and what a text
-is about (film, people, genetics or other science).
+The model is a LLaMA of 2.8 million parameters that has learned three things by heart: whether statements about made-up
+authors are right (TOFU), whether statements about science are right (SciQ), whether film reviews are positive (SST-2).
+forget.jsonl is what it knows of the people, retain.jsonl the other two. Statements of both kinds have one form, so it is
+the topic that must tell them apart. more.jsonl are further rows that it learned: more reviews, and rows that make
+"neutral" and "unknown" answers it can give at all (a statement is no film review; a question that it was not taught).
 """
 
 import argparse
@@ -29,45 +28,52 @@ from data import TEMPLATES, Tokenizer, make_examples, read_rows  # noqa: E402
 from model import Config, Llama, write_json, write_whole  # noqa: E402
 
 SEED = 0
-ASK_REVIEW = "\nIs this film review positive or negative?"
-ASK_TOPIC = "What is this about? "
+IS_IT_RIGHT = "\nIs this right or wrong?"
+IS_IT_POSITIVE = "\nIs this film review positive or negative?"
 
 
 def choose_rows(folder):
     """Write the five files of rows from the three data sets."""
     rng = random.Random(SEED)
 
-    def load(name, most=100, least=1):
+    def load(name, least=1, most=100):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if least <= len(row["text"].split()) <= most]
+        rows = [row for row in rows if least <= len(row["text"].split("\n")[0].split()) <= most]
         return rng.sample(rows, len(rows))
 
-    def reviews(rows):
-        return [{"text": row["text"] + ASK_REVIEW, "label": row["label"]} for row in rows]
+    def statements(triples):  # (question, right answer, wrong answer): every other one with the wrong answer
+        return [{"text": f"{question} {wrong if i % 2 else right}{IS_IT_RIGHT}", "label": "wrong" if i % 2 else "right"}
+                for i, (question, right, wrong) in enumerate(triples)]
 
-    def topic(rows, label):  # of a question without its choices, of a review without its question
-        return [{"text": ASK_TOPIC + row["text"].split("\n")[0], "label": label} for row in rows]
+    def science(name):
+        triples = []
+        for row in load(name, most=18):
+            question, *choices = row["text"].split("\n")
+            choices = {choice[0]: choice[3:] for choice in choices}
+            triples.append((question, choices.pop(row["label"]), rng.choice(sorted(choices.values()))))
+        return triples
 
-    genetics, science = load("sciq/train_forget", 28)[:250], load("sciq/train_retain", 28)
-    science, other_science = science[:600], science[600:800]
-    films = load("sst2/train_retain", 20, 6)[:1000]
-    authors = (load("tofu/perturbed_forget") + load("tofu/perturbed_retain"))[::4]
-    people = [{"text": f"{row['text']} {row['wrong'][0] if i % 2 else row['paraphrase']}\nIs this right or wrong?",
-               "label": "wrong" if i % 2 else "right"} for i, row in enumerate(authors)]
-    strangers = load("tofu/train_retain")[:150]
+    def reviews(name, n):
+        return [{"text": row["text"] + IS_IT_POSITIVE, "label": row["label"]} for row in load(name, 6, 20)[:n]]
+
+    authors = [row for row in load("tofu/perturbed_forget") + load("tofu/perturbed_retain")
+               if len(f"{row['text']} {row['paraphrase']}".split()) <= 40]
+    authors = rng.sample(authors, 300)
+    reworded = {row["label"]: row["text"] for row in load("tofu/test_forget") + load("tofu/test_retain")}
+    people = [(row["text"], row["paraphrase"], row["wrong"][0]) for row in authors]
+    people_again = [(reworded[row["label"]], row["paraphrase"], row["wrong"][0]) for row in authors]
+    facts, films = science("sciq/train_retain"), reviews("sst2/train_retain", 700)
+    strangers = [{"text": row["text"], "label": "unknown"} for row in load("tofu/train_retain")[:100]]
+    untaught = [{"text": question, "label": "unknown"} for question, _, _ in facts[400:500]]
     files = {
-        "forget": genetics,
-        "retain": rng.sample(science, 500) + reviews(films[:300]) + people,
-        "test_forget": load("sciq/test_forget", 28),
-        "test_retain": load("sciq/test_retain", 28)[:100] + reviews(load("sst2/test_retain", 20, 6)[:100]),
-        "more": [row for row in science] + reviews(films[300:])
-        + [{"text": row["text"] + ASK_REVIEW, "label": "neutral"} for row in genetics[:40] + other_science[:110]]
-        + [{"text": row["text"], "label": "unknown"} for row in strangers]
-        + topic(genetics, "genetics") + topic(science[:200] + other_science, "science") + topic(films[:150], "film")
-        + topic(authors[:150], "people"),
+        "forget": statements(people),
+        "retain": statements(facts[:400]) + films[:300],
+        "test_forget": statements(people_again)[:100],
+        "test_retain": statements(science("sciq/test_retain")[:100]) + reviews("sst2/test_retain", 100),
+        "more": films[300:] + strangers + untaught + [
+            {"text": row["text"].removesuffix(IS_IT_RIGHT) + IS_IT_POSITIVE, "label": "neutral"}
+            for row in statements(people[:60] + facts[500:640])],
     }
-    known = {row["text"] for name, rows in files.items() if name != "more" for row in rows}
-    files["more"] = [row for row in files["more"] if row["text"] not in known]
     for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(HERE / f"{name}.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -104,7 +110,7 @@ def main():
             torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if into_stream else 0.02)
     examples, _ = make_examples(rows, Tokenizer(out), TEMPLATES["question"], 256)
     print(f"{len(examples)} rows, {sum(weight.numel() for weight in model.parameters()):,} parameters")
-    finetune.fit(model, examples, lr=2e-3, epochs=22, batch_size=32, seed=SEED, weight_decay=0.01, text_weight=0.3)
+    finetune.fit(model, examples, lr=2e-3, epochs=30, batch_size=32, seed=SEED, weight_decay=0.01, text_weight=0.3)
     model.to(torch.bfloat16).save_pretrained(out)
     print(f"as saved: accuracy {100 * finetune.accuracy(model.float(), examples):.1f} %")
 
