@@ -50,12 +50,13 @@ def read_rows(path):
             where = f"{path}:{number}"
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if line:
-                    rows.append(parse_row(json.loads(line), where))
+                value = json.loads(line) if line else None
             except UnicodeDecodeError as e:
                 raise ValueError(f"{where}: not UTF-8 (byte {e.start} of the line)") from None
-            except (json.JSONDecodeError, RecursionError) as e:
+            except (ValueError, RecursionError) as e:
                 raise ValueError(f"{where}: not JSON: {e}") from None
+            if line:
+                rows.append(parse_row(value, where))
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows
@@ -73,12 +74,17 @@ def parse_row(value, where):
             raise ValueError(f'{where}: "{name}" is no string')
         if not value[name].strip() and name != "prompt":
             raise ValueError(f'{where}: "{name}" is empty')
-        if any("\ud800" <= c <= "\udfff" for c in value[name]):
-            raise ValueError(f'{where}: "{name}" holds half a surrogate pair, which is no text')
+        check_text(value[name], f'{where}: "{name}"')
     if not isinstance(value.get("forget", False), bool):
         raise ValueError(f'{where}: "forget" is neither true nor false')
     text, label = (value[name] for name in names)
     return Row(text, label if raw else label.strip(), where, raw, value.get("forget"))
+
+
+def check_text(text, where):
+    """Raises ValueError for what JSON and a shell can hand over, but no tokenizer can read."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{where} holds bytes or half a surrogate pair that are no text")
 
 
 def read_sets(forget, retain=None):
@@ -132,6 +138,7 @@ def read_template(spec):
             raise ValueError(f"{spec}: not UTF-8 (byte {e.start})") from None
     if template is None:
         template = spec.replace("\\n", "\n")  # a shell hands \n over as two characters
+    check_text(template, "--template")
     if template.count("{text}") != 1:
         raise ValueError(f"{where}: a template holds {{text}} exactly once, or is {' or '.join(TEMPLATES)}, or a file")
     if "{label}" in template:
@@ -145,8 +152,8 @@ def read_template(spec):
 class Tokenizer:
     """The tokenizer of a model folder: tokenizer.model (sentencepiece) or, without one, tokenizer.json (tokenizers).
 
-    Text that looks like a special token is text like any other. `bos` is what stands in front of every text: a list of
-    one id or none.
+    Text that looks like a special token is text like any other (but not if tokenizer.json adds it as no special one).
+    `bos` is what stands in front of every text, a list of ids or none; `size` counts the ids, those added apart.
     """
 
     def __init__(self, folder):
@@ -169,7 +176,8 @@ class Tokenizer:
         settings = folder / "tokenizer_config.json"
         add_bos = not settings.is_file() or read_json(settings).get("add_bos_token") in (True, None)
         self.bos = [pieces.bos_id()] if add_bos and pieces.bos_id() >= 0 else []
-        self.encode, self.decode = pieces.encode, pieces.decode
+        self.size, self.encode = pieces.get_piece_size(), pieces.encode
+        self.decode = lambda ids: pieces.decode([i for i in ids if i < self.size])  # a model's table may be longer
 
     def _load_tokenizers(self, file):
         try:
@@ -186,7 +194,7 @@ class Tokenizer:
         plain, framed = (bpe.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos = framed[: next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)]
         self.encode = lambda text: bpe.encode(text, add_special_tokens=False).ids
-        self.decode = bpe.decode
+        self.size, self.decode = bpe.get_vocab_size(with_added_tokens=False), bpe.decode
 
     def encode_inside(self, text):
         """The ids of text as it stands behind other text: without the space that sentencepiece puts in front."""

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (Tokenizer, answer_ids, by_length, collate, continuations, make_examples, read_rows, read_sets,
-                  read_template)
+from data import (Tokenizer, answer_ids, by_length, check_text, collate, continuations, make_examples, read_rows,
+                  read_sets, read_template)
 from model import Config, Llama, weight_files, write_json
 from spul import fingerprint, load_prompt
 
@@ -48,15 +48,17 @@ def answer_hidden(model, examples, prefix=None, shift=0, batch_size=32):
 
 
 @torch.no_grad()
-def score(model, hidden, examples):
+def score(model, hidden, examples, batch_size=32):
     """Per example: whether the greedy answer is the true one, P(true answer), and the first token of the greedy one."""
     scores = []
-    for start in range(0, len(examples), 64):
-        part = examples[start : start + 64]
-        log_p = F.log_softmax(model.head(torch.cat(hidden[start : start + 64])), dim=-1)  # (N, V)
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        log_p = F.log_softmax(model.head(torch.cat(hidden[start : start + batch_size])), dim=-1)  # (N, V)
         targets = torch.tensor([t for e in part for t in e.ids[-e.n :]], device=log_p.device)  # (N,)
         best = log_p.argmax(dim=-1).tolist()
         log_p = log_p.gather(1, targets[:, None])[:, 0].tolist()
+        if any(map(math.isnan, log_p)):
+            raise FloatingPointError("the model's output is not a number: its weights are broken")
         targets, at = targets.tolist(), 0
         for e in part:
             here = slice(at, at + e.n)
@@ -65,10 +67,10 @@ def score(model, hidden, examples):
     return scores
 
 
-def named(ids, answers, tokenizer):
-    """The longest of the answers, {answer: its ids}, that ids begin with; else what they say, as <text>."""
+def named(ids, answers):
+    """The longest of the answers, {answer: its ids}, that ids begin with, or None."""
     fits = [name for name in answers if ids[: len(answers[name])] == answers[name]]
-    return max(fits, key=lambda name: len(answers[name])) if fits else f"<{tokenizer.decode(ids).strip()}>"
+    return max(fits, key=lambda name: len(answers[name]), default=None)
 
 
 def predict(model, tokenizer, examples, scores, answers, prefix=None, batch_size=32):
@@ -76,14 +78,17 @@ def predict(model, tokenizer, examples, scores, answers, prefix=None, batch_size
 
     The scores decide nearly all; only where a longer answer may have begun does the model have to go on writing.
     """
-    said = [e.label if right else named([first], answers, tokenizer) for e, (right, _, first) in zip(examples, scores)]
+    said = [e.label if right else named([first], answers) or f"<{tokenizer.decode([first])}>"
+            for e, (right, _, first) in zip(examples, scores)]
     longer = {ids[0] for ids in answers.values() if len(ids) > 1}
-    unsure = [i for i, (right, _, first) in enumerate(scores) if not right and first in longer]
+    begins = {name for name, ids in answers.items() for other in answers.values() if ids == other[: len(ids)] != other}
+    unsure = [i for i, (right, _, first) in enumerate(scores)
+              if (examples[i].label in begins if right else first in longer)]
     for start in range(0, len(unsure), batch_size):
         part = unsure[start : start + batch_size]
         prompts = [examples[i].ids[: -examples[i].n] for i in part]
         for i, ids in zip(part, continuations(model, prompts, max(map(len, answers.values())), prefix)):
-            said[i] = named(ids, answers, tokenizer)
+            said[i] = named(ids, answers) or f"<{tokenizer.decode(ids)}>"
     return said
 
 
@@ -100,7 +105,7 @@ def measure(model, tokenizer, examples, labels=None, generic=(), prefix=None, hi
     hidden: `answer_hidden` of these examples, where the caller has it already.
     """
     hidden = hidden or answer_hidden(model, examples, prefix, batch_size=batch_size)
-    scores, n = score(model, hidden, examples), len(examples)
+    scores, n = score(model, hidden, examples, batch_size), len(examples)
     result = {"rows": n, "accuracy": sum(right for right, _, _ in scores) / n,
               "probability": math.fsum(p for _, p, _ in scores) / n}
     if labels:
@@ -148,8 +153,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def filled(text):
+    """An argparse type: a string that is not empty, as an unset shell variable leaves it."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float from low (or above it) to high, never NaN or infinite."""
+    """An argparse type: an int or float from low (or above it) to high, never NaN or too large for float32."""
+    high = min(high, 1e9) if kind is float else high
 
     def parse(text):
         try:
@@ -168,13 +181,15 @@ def number(kind, low, high=math.inf, above=False):
 def add_options(parser, data=True):
     """The options that several commands share; data: the four files, too."""
     group = parser.add_argument_group("model and data" + " (default: the bundled demo)" * data)
-    group.add_argument("--model", metavar="DIR", help="Hugging Face model folder: config.json, safetensors, tokenizer")
+    group.add_argument("--model", type=filled, metavar="DIR",
+                       help="Hugging Face model folder: config.json, safetensors, tokenizer")
     for name, what in [("forget", 'JSON Lines to forget, or with "forget": true|false in every row'),
                        ("retain", "JSON Lines to keep"),
                        ("test-forget", "unseen rows like those to forget, measured only"),
                        ("test-retain", "unseen rows like those to keep, measured only")] * data:
-        group.add_argument(f"--{name}", metavar="FILE", help=what)
-    group.add_argument("--template", metavar="T", help="sentiment (default), question, a string with {text}, or a file")
+        group.add_argument(f"--{name}", type=filled, metavar="FILE", help=what)
+    group.add_argument("--template", type=filled, metavar="T",
+                       help="sentiment (default), question, a string with {text}, or a file")
     group.add_argument("--max-length", type=number(int, 2), default=1024, metavar="N",
                        help="tokens of a row, the prompt apart; longer texts lose their end (default 1024, paper)")
     group = parser.add_argument_group("hardware")
@@ -199,7 +214,7 @@ def auto_dtype(device):
     """bfloat16 on CUDA and on CPUs that multiply it in hardware, as torch reports them; float32 elsewhere."""
     kind = torch.device(device).type
     features = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}  # older torch does not say
-    able = torch.cuda.is_bf16_supported() if kind == "cuda" else any(
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else any(
         features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's
     return torch.bfloat16 if able else torch.float32
 
@@ -208,13 +223,17 @@ def load_model(args):
     """-> the frozen model and its tokenizer, on args.device in args.dtype."""
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.empty(0, device=device).numpy(force=True)  # "meta" stops here, too
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     weight_files(args.model)  # the first to say that this is no model folder
     dtype = {"auto": auto_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     tokenizer = Tokenizer(args.model)
-    return Llama.from_pretrained(args.model, dtype, device), tokenizer
+    model = Llama.from_pretrained(args.model, dtype, device)
+    if tokenizer.size > model.config.vocab_size:
+        raise ValueError(f"{args.model}: a tokenizer of {tokenizer.size} ids and a model of {model.config.vocab_size} "
+                         "do not belong together")
+    return model, tokenizer
 
 
 def row_limit(args, p):
@@ -239,13 +258,6 @@ def read_splits(args):
     return splits
 
 
-def check_vocabulary(model, examples):
-    top = max(max(e.ids) for e in examples)
-    if top >= model.config.vocab_size:
-        raise ValueError(f"the tokenizer makes id {top}, the model knows {model.config.vocab_size}: they do not belong "
-                         "together")
-
-
 def run(main):
     """Call main(); what a user can cause becomes one line on stderr and an exit status, a bug keeps its traceback."""
     try:
@@ -268,22 +280,23 @@ def run(main):
 # -------------------------------------------------------------------------------------------------- the command
 
 
-def ask(model, tokenizer, text, template, labels, prefix=None):
+def ask(model, tokenizer, text, template, labels, room, prefix=None):
     """The model's greedy answer to one text: a label where labels are known and it is one, else one line of text."""
     ids = tokenizer.bos + tokenizer.encode(template.replace("{text}", text))
-    if not ids:
-        raise ValueError("--ask: an empty text, and the tokenizer puts nothing in front")
-    new = continuations(model, [ids], max(map(len, labels.values()), default=64), prefix)[0]
-    return named(new, labels, tokenizer).strip("<>").split("\n")[0]
+    n = max(map(len, labels.values()), default=64)
+    if not ids or len(ids) + n > room:
+        raise ValueError(f"--ask: {len(ids)} tokens, and there is room for 1 to {room - n}")
+    new = continuations(model, [ids], n, prefix)[0]
+    return named(new, labels) or tokenizer.decode(new).strip().split("\n")[0]
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     add_options(parser)
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--prompt", metavar="DIR", help="folder that train.py wrote")
+    group.add_argument("--prompt", type=filled, metavar="DIR", help="folder that train.py wrote")
     group.add_argument("--ask", metavar="TEXT", help="show the answers to one text instead")
-    group.add_argument("--json", metavar="FILE", help="write the table there, too")
+    group.add_argument("--json", type=filled, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     if use_demo(args) and not args.prompt and (DEMO / "prompt" / "spul.json").exists():
         args.prompt = str(DEMO / "prompt")
@@ -292,9 +305,13 @@ def main(argv=None):
         raise ValueError("nothing to measure: give --forget, --retain, --test-forget, --test-retain or --ask")
     if not args.model:
         raise ValueError("--model DIR is missing")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise ValueError(f"--json {args.json}: a folder, or in none")
 
     phi, info = load_prompt(args.prompt, fingerprint(args.model)) if args.prompt else (None, {})
-    template = read_template(args.template or info.get("template") or "sentiment")
+    template = args.template and read_template(args.template)
+    if not template:  # that of the prompt, which has none if its rows were prompts themselves
+        template = info["template"] or "{text}" if info else read_template("sentiment")
     generic = info.get("generic", [])
     model, tokenizer = load_model(args)
     if phi is not None and phi.shape[1] != model.config.hidden_size:
@@ -303,18 +320,20 @@ def main(argv=None):
         prefix = None if phi is None else model.prefix(phi.to(model.device))
 
     if args.ask is not None:
-        labels = {name: answer_ids(tokenizer, name) for name in [*(info.get("labels") or []), *generic]}
+        labels = {name: answer_ids(tokenizer, name, info["template"] is None and name not in generic)
+                  for name in [*(info.get("labels") or []), *generic]} if info.get("labels") else {}
         text = args.ask.replace("\\n", "\n")
-        print(f"without the prompt: {ask(model, tokenizer, text, template, labels)}")
+        room = model.config.max_position_embeddings - (0 if phi is None else len(phi))
+        check_text(text, "--ask")
+        print(f"without the prompt: {ask(model, tokenizer, text, template, labels, room)}")
         if prefix is not None:
-            print(f"with the prompt:    {ask(model, tokenizer, text, template, labels, prefix)}")
+            print(f"with the prompt:    {ask(model, tokenizer, text, template, labels, room, prefix)}")
         return
     limit = row_limit(args, 0 if phi is None else len(phi))
     labels = label_set([row for rows in splits.values() for row in rows], tokenizer, generic)
     before, after = {}, {}
     for name, rows in splits.items():
         examples, cut = make_examples(rows, tokenizer, template, limit)
-        check_vocabulary(model, examples)
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
         how = dict(labels=labels, generic=generic, batch_size=args.batch_size)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import collate, epoch_batches, make_examples, read_rows, read_template
-from eval import Parser, add_options, answer_hidden, check_vocabulary, load_model, number, row_limit, run, score
+from eval import Parser, add_options, answer_hidden, filled, load_model, number, row_limit, run, score
 from train import learning_rate
 
 
@@ -93,7 +93,7 @@ def main(argv=None):
     add_options(parser, data=False)
     group = parser.add_argument_group("memorising")
     group.add_argument("--data", nargs="+", required=True, metavar="FILE", help="JSON Lines to memorise")
-    group.add_argument("--out", required=True, metavar="DIR", help="the new model folder")
+    group.add_argument("--out", type=filled, required=True, metavar="DIR", help="the new model folder")
     group.add_argument("--rank", type=number(int, 1), default=16, metavar="R",
                        help="of LoRA on all linear layers, scale 2 (default 16; the paper: 16, scale 4, on q and v)")
     group.add_argument("--full", action="store_true", help="train all weights instead")
@@ -107,10 +107,8 @@ def main(argv=None):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is no empty folder")
     rows = [row for file in args.data for row in read_rows(file)]
-    out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args)
     examples, cut = make_examples(rows, tokenizer, template, row_limit(args, 0))
-    check_vocabulary(model, examples)
     torch.manual_seed(args.seed)
     if args.full:
         model.requires_grad_(True)
@@ -123,8 +121,10 @@ def main(argv=None):
         seed=args.seed)
     swap(model, Lora, Lora.merged)
     print(f"merged: accuracy {100 * accuracy(model, examples):.1f} %")
+    out.mkdir(parents=True, exist_ok=True)
     for file in Path(args.model).iterdir():  # the tokenizer and what else goes with it
-        if file.is_file() and not file.name.endswith((".safetensors", ".bin", ".index.json")):
+        if file.is_file() and not file.name.endswith((".safetensors", ".bin", ".index.json", "config.json")) \
+                or file.name == "tokenizer_config.json":
             shutil.copyfile(file, out / file.name)
     model.save_pretrained(out)
 

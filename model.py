@@ -47,7 +47,7 @@ def read_json(path):
 def write_whole(path, write):
     """Let `write(temporary_path)` make a file, then move it to `path`: it appears whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next write replaces
     try:
         write(temporary)
         with open(temporary, "rb") as f:
@@ -56,8 +56,8 @@ def write_whole(path, write):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
-    except SafetensorError as e:  # safetensors' own word for a full disk
-        raise OSError(f"{path}: could not be written: {e}") from None
+    except (OSError, SafetensorError) as e:  # the latter is safetensors' own word for a full disk
+        raise OSError(f"{path}: could not be written: {getattr(e, 'strerror', None) or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -123,13 +123,18 @@ class Config:
         """Read a `config.json`. Raises ValueError, with the reason, for an architecture this file cannot compute."""
         raw = read_json(path)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 keeps both in the former
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in raw]
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["model_type"]
+        if raw.get("model_type") != "llama":  # whose defaults are not those above
+            needed += ["num_key_value_heads", "max_position_embeddings"]
+            needed += {"mistral": ["sliding_window"], "qwen3": ["head_dim"]}.get(str(raw.get("model_type")), [])
+            needed += ["sliding_window"] if raw.get("use_sliding_window") else []
+        missing = [name for name in needed if name not in raw]
         plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
         for wrong, reason in [
-            (missing or "model_type" not in raw, f"{', '.join(missing) or 'model_type'} is missing"),
+            (missing, f"no {', '.join(missing)}"),
             (raw.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {raw.get('hidden_act')!r}"),
             (not plain, "the rope settings are no object of numbers"),
-            ({raw.get("partial_rotary_factor"), plain and rope.get("partial_rotary_factor")} - {None, False, 1},
+            (any(part.get("partial_rotary_factor") not in (None, 1) for part in (raw, rope if plain else {})),
              "partial rotary embedding"),
             (raw.get("rope_interleaved"), "interleaved rotary embedding"),
             (raw.get("num_experts") or raw.get("num_local_experts"), "a mixture of experts"),
@@ -325,7 +330,9 @@ class Llama(nn.Module):
         if at is None:
             return self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix)[0]
         rows, columns = at
-        slots = (rows[:, None] == rows).tril(-1).sum(dim=1)  # (N,), how many of the same row come before it
+        ordered, order = rows.sort(stable=True)
+        slots = torch.empty_like(rows)  # (N,), how many of the same row come before it
+        slots[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
         grid = columns.new_zeros(len(tokens), int(slots.max()) + 1)  # (B, A), each row's columns, filled up with 0
         grid[rows, slots] = columns
         x, _ = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, grid)  # (B, A, d)
@@ -367,6 +374,8 @@ class Llama(nn.Module):
         ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=torch.long, device=self.device)
         for step in range(max_new_tokens):
             logits = self.head(x[:, -1])  # (B, V)
+            if logits.isnan().any():
+                raise FloatingPointError("the model's output is not a number: its weights are broken")
             if temperature > 0:
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)  # (B, 1)
             else:
@@ -378,7 +387,7 @@ class Llama(nn.Module):
             position = p + lengths[:, None] + step  # (B, 1)
             keys = torch.cat([keys, position], dim=1)
             x, kv = self._run(self.embed_tokens(token), position, keys, kv)
-        new = torch.cat(new, dim=1)  # (B, steps)
+        new = torch.cat([tokens[:, :0], *new], dim=1)  # (B, steps)
         lasts = (torch.isin(new, ends).cumsum(dim=1) == 0).sum(dim=1)  # (B,), tokens before the first end
         return [row[:n] for row, n in zip(new.tolist(), lasts.tolist())]
 
@@ -432,7 +441,7 @@ def weight_files(path):
         for name in names.values():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{index}: {name!r} points outside the folder")
-        return [path / name for name in sorted(set(names.values()))]
+        return [path / name for name in sorted(set(names.values()))]  # one that is not there says so when read
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         raise ValueError(f"{path}: only pickled weights, which can run code when read; convert them with transformers: "
                          "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)")
@@ -450,5 +459,5 @@ def read_tensors(file):
                 if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                     raise ValueError(f"{file}: {name} is {tensor.dtype}: quantised weights are not supported")
                 yield name, tensor
-    except SafetensorError as e:
-        raise ValueError(f"{file}: not a whole safetensors file: {e}") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: no whole safetensors file: {e}") from None

@@ -17,7 +17,6 @@ Letters: p prompt tokens, d width, N answer tokens of a batch, V vocabulary.
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 
 import safetensors
@@ -94,13 +93,14 @@ def fingerprint(folder):
         with open(file, "rb") as f:
             size = f.seek(0, 2)
             f.seek(0)
-            length = f.read(8)
-            header = f.read(struct.unpack("<Q", length)[0]) if len(length) == 8 else b""
+            length = int.from_bytes(f.read(8), "little")
+            header = f.read(min(length, size))
             digest.update(f"{file.name} {size}".encode() + header)
             try:
-                tensors = [t["data_offsets"] for name, t in json.loads(header).items() if name != "__metadata__"]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{file}: not a whole safetensors file") from None
+                tensors = [tuple(map(int, t["data_offsets"])) for name, t in json.loads(header).items()
+                           if name != "__metadata__"]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ValueError(f"{file}: no whole safetensors file") from None
             for begin, end in tensors:
                 f.seek(8 + len(header) + (begin + end) // 2)
                 digest.update(f.read(min(4096, (end - begin + 1) // 2)))
@@ -131,8 +131,10 @@ def load_prompt(folder, base_sha256=None):
         hint = "its training has not finished: train.py --resume" if (folder / STATE).exists() else "no prompt folder"
         raise FileNotFoundError(f"{folder}: no spul.json: {hint}")
     info, file = read_json(folder / "spul.json"), folder / "adapter_model.safetensors"
-    if info.get("format") != "spul 1":
-        raise ValueError(f"{folder / 'spul.json'}: format {info.get('format')!r} is not 'spul 1'")
+    lists = [info.get("labels") or [], info.get("generic"), [info.get("template", 0) if info.get("template", 0) is not None else ""]]
+    if info.get("format") != "spul 1" or not all(
+            isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
+        raise ValueError(f"{folder / 'spul.json'}: format, template, labels or generic are not as train.py writes them")
     try:
         phi = load_file(file)["prompt_embeddings"].float()
     except (safetensors.SafetensorError, KeyError) as e:

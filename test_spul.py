@@ -31,7 +31,8 @@ import finetune
 import model as model_module
 import spul
 import train
-from data import Row, Tokenizer, collate, epoch_batches, make_example, make_examples, read_rows, read_sets, read_template
+from data import (Row, Tokenizer, collate, epoch_batches, make_example, make_examples, read_rows, read_sets,
+                  read_template)
 from model import Config, Llama
 from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
 
@@ -115,8 +116,12 @@ def smollm2(tmp_path_factory):
     return path
 
 
+def python(*args, cwd=ROOT, **how):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, **how)
+
+
 def command(script, *args, cwd=ROOT, **how):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, **how)
+    return python(ROOT / script, *args, cwd=cwd, **how)
 
 
 def call(module, *args):
@@ -151,7 +156,8 @@ SHAPES = {
     "qwen2": dict(model_type="qwen2", use_sliding_window=False, sliding_window=5),
     "qwen2 window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": dict(model_type="qwen3", head_dim=16),
-    "qwen3 window": dict(model_type="qwen3", use_sliding_window=True, sliding_window=6, max_window_layers=2, head_dim=8),
+    "qwen3 window": dict(model_type="qwen3", use_sliding_window=True, sliding_window=6, max_window_layers=2,
+                         head_dim=8),
 }
 
 
@@ -369,8 +375,7 @@ def test_loading_smollm2_takes_the_memory_of_its_weights_once(smollm2, tmp_path,
             "before = rss()\n"
             f"m = model.Llama.from_pretrained({str(path)!r}, torch.{dtype})\n"
             "print((rss() - before) * 1024 / sum(p.numel() * p.element_size() for p in m.parameters()))")
-    grown = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert grown <= 1.2
+    assert float(python("-c", code, check=True).stdout) <= 1.2
 
 
 def test_old_files_with_rope_constants_and_a_tied_head_load(folder, tmp_path):
@@ -498,7 +503,8 @@ def test_other_keys_blank_lines_and_a_byte_order_mark_are_no_trouble(tmp_path):
 
 def test_a_template_comes_from_a_name_a_string_or_a_file(tmp_path):
     (tmp_path / "t").write_text("Review: {text}\nVerdict: \n")
-    assert read_template(str(tmp_path / "t")) == read_template("Review: {text}\\nVerdict:") == "Review: {text}\nVerdict:"
+    wanted = "Review: {text}\nVerdict:"
+    assert read_template(str(tmp_path / "t")) == read_template("Review: {text}\\nVerdict:") == wanted
 
 
 # -------------------------------------------------------------------------------------------------- data: batches
@@ -598,8 +604,8 @@ def test_losses_of_bf16_logits_are_computed_in_float32():
 
 def small_batch(n_f, n_r, seed=0):
     rng = random.Random(seed)
-    return [data.Example(tuple(rng.randrange(3, 2048) for _ in range(rng.randint(6, 12))), rng.randint(1, 3), "a", i < n_f)
-            for i in range(n_f + n_r)]
+    ids = [tuple(rng.randrange(3, 2048) for _ in range(rng.randint(6, 12))) for _ in range(n_f + n_r)]
+    return [data.Example(row, rng.randint(1, 3), "a", i < n_f) for i, row in enumerate(ids)]
 
 
 def teacher_of(llama, examples, shift=0):
@@ -675,7 +681,7 @@ def test_peft_loads_the_prompt_folder_and_gives_the_same_logits(folder, trained)
 
 def test_a_saved_prompt_comes_back_bit_for_bit(folder, tmp_path):
     phi = vectors(6).detach()
-    spul.save_prompt(tmp_path, phi, tiny().config, {"model": "m", "base_sha256": "x"})
+    spul.save_prompt(tmp_path, phi, tiny().config, {"model": "m", "base_sha256": "x", "template": None, "generic": []})
     again, info = spul.load_prompt(tmp_path, "x")
     assert torch.equal(again, phi) and (info["p"], info["d"], info["model"]) == (6, 32, "m")
 
@@ -695,8 +701,7 @@ def test_the_prompt_folder_says_what_it_is(folder, trained, files):
     assert info["base_sha256"] == spul.fingerprint(folder) and info["labels"] == ["negative", "positive"]
     assert info["generic"] == ["neutral", "unknown"] and info["options"]["num_tokens"] == info["p"] == 4
     assert set(info["results"]["with"]) == {"train forget", "train retain", "test forget", "test retain"}
-    assert sorted(p.name for p in trained.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "log.jsonl",
-                                                         "spul.json"]
+    assert {p.name for p in trained.iterdir()} == {*spul.PROMPT_FILES, "log.jsonl"}
 
 
 # ------------------------------------------------------------------------------------------------------------ eval
@@ -719,8 +724,8 @@ def test_measures_equal_those_of_generated_answers(folder, tokenizer):
     truth = ["long", "never", "never", *["short", "long", "never"] * 9]
     examples = [dataclasses.replace(e, ids=e.ids[: -e.n] + tuple(labels[t]), n=len(labels[t]), label=t)
                 for e, t in zip(examples, truth)]
-    said = [max((name for name, ids in labels.items() if g[: len(ids)] == ids), default=None, key=lambda n: len(labels[n]))
-            for g in greedy]
+    fitting = [[name for name, ids in labels.items() if g[: len(ids)] == ids] for g in greedy]
+    said = [max(names, default=None, key=lambda name: len(labels[name])) for names in fitting]
     assert said[:2] == ["long", "short"]
     result = evaluate.measure(llama, tokenizer, examples, labels, ["short"], prefix)
     assert result["accuracy"] == sum(s == t for s, t in zip(said, truth)) / 30 > 0
@@ -734,6 +739,35 @@ def test_measures_equal_those_of_generated_answers(folder, tokenizer):
     assert result["probability"] == pytest.approx(sum(chances) / 30, rel=1e-4)
 
 
+def test_an_answer_that_begins_another_is_told_from_it():
+    llama = tiny(eos_token_id=None)
+    prompt = tuple(tokens_of(1, 6)[0].tolist())
+    first, second = llama.generate(torch.tensor([prompt]), torch.tensor([6]), None, 2)[0]
+    example = data.Example((*prompt, first), 1, "1", False)
+    scores = evaluate.score(llama, evaluate.answer_hidden(llama, [example]), [example])
+    answers = {"1": [first], "10": [first, second]}
+    assert scores[0][0] and evaluate.predict(llama, None, [example], scores, answers) == ["10"]
+
+
+def test_weights_that_are_no_numbers_end_the_run(folder, files, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    for args in (["--forget", files["forget"]], ["--ask", "a"]):
+        assert call(evaluate, "--model", tmp_path / "m", *args) == 3 and "weights are broken" in capsys.readouterr().err
+    args = train_args(tmp_path / "m", files, tmp_path / "p")
+    del args[args.index("--retain") : args.index("--retain") + 2]
+    assert call(train, *args) == 3
+
+
+def test_a_model_may_have_more_ids_than_its_tokenizer(folder, files, tmp_path):
+    tiny(vocab_size=3000).save_pretrained(tmp_path / "m")
+    shutil.copy(folder / "tokenizer.model", tmp_path / "m")
+    assert call(evaluate, "--model", tmp_path / "m", "--forget", files["forget"]) == 0
+    assert call(evaluate, "--model", tmp_path / "m", "--ask", "a") == 0
+
+
 def test_many_different_answers_are_no_label_set(tokenizer):
     rows = [Row("a", str(i), "") for i in range(51)]
     assert evaluate.label_set(rows, tokenizer, ["unknown"]) is None
@@ -743,7 +777,8 @@ def test_many_different_answers_are_no_label_set(tokenizer):
 def test_eval_finds_the_figures_that_training_printed(folder, files, trained, tmp_path):
     args = ["--model", folder, "--prompt", trained, "--forget", files["forget"], "--test-retain", files["test_retain"]]
     assert call(evaluate, *args, "--dtype", "fp32", "--json", tmp_path / "r.json") == 0
-    got, said = json.loads((tmp_path / "r.json").read_text()), json.loads((trained / "spul.json").read_text())["results"]
+    got = json.loads((tmp_path / "r.json").read_text())
+    said = json.loads((trained / "spul.json").read_text())["results"]
     for side in ("without", "with"):
         for split, metrics in got[side].items():
             assert metrics == pytest.approx(said[side][split], rel=1e-4)
@@ -824,6 +859,13 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(folder, files, tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_a_kill_before_the_first_file_is_whole_can_be_resumed(folder, files, tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".log.jsonl.tmp").write_text("")
+    assert call(train, *train_args(folder, files, tmp_path / "p", "--resume")) == 0
+    assert {f.name for f in (tmp_path / "p").iterdir()} == {*spul.PROMPT_FILES, "log.jsonl"}
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(folder, files, tmp_path):
     args = [str(a) for a in train_args(folder, files, tmp_path / "p")] + ["--epochs", "300"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *args], stderr=subprocess.PIPE, text=True,
@@ -835,7 +877,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, files, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(folder, files, tmp_path, capsys):
-    assert call(train, *train_args(folder, files, tmp_path / "p", "--lr", "1e30")) == 3
+    assert call(train, *train_args(folder, files, tmp_path / "p", "--lr", "1e9")) == 3
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"step \d+ of 14: .*not finite.*--lr", message)
     state = load_file(tmp_path / "p" / "state.safetensors")
@@ -931,6 +973,17 @@ def out_below_a_file(tmp_path, folder, files):
     return {"--out": tmp_path / "file" / "p"}
 
 
+def input_in_out(tmp_path, folder, files):
+    shutil.copy(files["retain"], tmp_path / "retain.jsonl")
+    (tmp_path / "log.jsonl").write_text("")
+    return {"--retain": tmp_path / "retain.jsonl", "--out": f"{tmp_path}/", "--overwrite": None}
+
+
+def a_lora_in_out(tmp_path, folder, files):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    return {"--out": tmp_path}
+
+
 def out_with_other_things(tmp_path, folder, files):
     (tmp_path / "thesis.tex").write_text("")
     return {"--out": tmp_path}
@@ -939,7 +992,7 @@ def out_with_other_things(tmp_path, folder, files):
 def shared_text(tmp_path, folder, files):
     rows = [{"text": "A  fine film", "label": "positive"}]
     write_rows(tmp_path / "f.jsonl", rows)
-    write_rows(tmp_path / "r.jsonl", [{"text": "other", "label": "positive"}, {"text": "a fine FILM ", "label": "positive"}])
+    write_rows(tmp_path / "r.jsonl", [{"text": text, "label": "positive"} for text in ("other", "a fine FILM ")])
     return {"--forget": tmp_path / "f.jsonl", "--retain": tmp_path / "r.jsonl"}
 
 
@@ -992,7 +1045,7 @@ BAD = {
     "a text that is no string": (bad_rows(b'{"text": 7, "label": "a"}'), r'bad\.jsonl:2: "text" is no string'),
     "a label that is no string": (bad_rows(b'{"text": "a", "label": 1}'), r'bad\.jsonl:2: "label" is no string'),
     "half a surrogate pair": (bad_rows(b'{"text": "\\ud800", "label": "a"}'), r"bad\.jsonl:2: .*surrogate"),
-    "a flag that is no flag": (bad_rows(b'{"text": "a", "label": "b", "forget": 1}'), r"bad\.jsonl:2: .*true nor false"),
+    "a flag that is no flag": (bad_rows(b'{"text": "a", "label": "b", "forget": 1}'), r"bad\.jsonl:2: .*nor false"),
     "bytes that are no UTF-8": (bad_rows(b'{"text": "\xff", "label": "a"}'), r"bad\.jsonl:2: not UTF-8"),
     "a generic label": (bad_rows(b'{"text": "a", "label": "neutral"}'), r"bad\.jsonl:2: .*'neutral'.*--generic"),
     "a text to forget and to keep": (shared_text, r"r\.jsonl:2: the same text as .*f\.jsonl:1"),
@@ -1005,10 +1058,10 @@ BAD = {
     "a broken config": (bad_model(lambda p: (p / "config.json").write_text("{")), r"config\.json:1: not JSON"),
     "a model without weights": (bad_model(lambda p: (p / "model.safetensors").unlink()), r"no model\.safetensors"),
     "a model without tokenizer": (bad_model(lambda p: (p / "tokenizer.model").unlink()), r"no tokenizer\.model"),
-    "a broken tokenizer": (bad_model(lambda p: (p / "tokenizer.model").write_text("x")), r"tokenizer\.model: not a sent"),
+    "a broken tokenizer": (bad_model(lambda p: (p / "tokenizer.model").write_text("x")), r"tokenizer\.model: not"),
     "pickled weights": (bad_model(pickles_only), r"only pickled weights.*save_pretrained"),
-    "truncated weights": (bad_model(cut), r"model\.safetensors: not a whole"),
-    "empty weights": (bad_model(lambda p: (p / "model.safetensors").write_text("")), r"model\.safetensors: not a whole"),
+    "truncated weights": (bad_model(cut), r"model\.safetensors: no whole"),
+    "empty weights": (bad_model(lambda p: (p / "model.safetensors").write_text("")), r"safetensors: no whole"),
     "a missing tensor": (bad_tensors(lambda t: t.pop(UP)), r"Missing key.*layers\.1\.mlp\.up_proj\.weight"),
     "a surplus tensor": (bad_tensors(lambda t: t.update({"model.extra": torch.ones(2)})), r"Unexpected key.*extra"),
     "a tensor of another shape": (bad_tensors(lambda t: t.update({UP: t[UP].T.contiguous()})),
@@ -1017,6 +1070,10 @@ BAD = {
     "a vocabulary too small": (bad_model(lambda p: tiny(vocab_size=100).save_pretrained(p)), r"do not belong together"),
     "another architecture": (bad_model(lambda p: (p / "config.json").write_text(
         json.dumps({**CONFIG, "model_type": "gpt2"}))), r"config\.json: model_type 'gpt2' is not supported"),
+    "a pointer for weights": (bad_model(lambda p: (p / "model.safetensors").write_text("version https://git-lfs")),
+                              r"model\.safetensors: no whole"),
+    "a Mistral without its window": (bad_model(lambda p: (p / "config.json").write_text(
+        json.dumps({**CONFIG, "model_type": "mistral"}))), r"config\.json: no sliding_window"),
     "an index that leaves its folder": (bad_index({EMBED: "../outside.safetensors"}), r"points outside the folder"),
     "an index of files that are not there": (bad_index({EMBED: "gone.safetensors"}), r"gone\.safetensors"),
     "an index that is none": (bad_index([]), r"no weight_map"),
@@ -1025,10 +1082,14 @@ BAD = {
     "a negative weight": (option(alpha=-1), r"--alpha: '-1'"),
     "a weight that is no number": (option(beta="nan"), r"--beta: 'nan'"),
     "an infinite rate": (option(lr="inf"), r"--lr: 'inf'"),
+    "a rate beyond float32": (option(lr="1e300"), r"--lr: '1e300'"),
+    "a file name left empty": (option(retain=""), r"--retain: is empty"),
+    "a template of broken bytes": (option(template="\udcff{text}"), r"no text"),
+    "a device without memory": (option(device="meta"), r"--device meta"),
     "a rate of 0": (option(lr=0), r"--lr: '0'"),
     "no epochs": (option(epochs=0), r"--epochs: '0'"),
     "a batch of nothing": (option(batch_size=0), r"--batch-size: '0'"),
-    "more forget rows than a batch": (option(forget_per_batch=32), r"'32'"),
+    "more forget rows than a batch": (option(forget_per_batch=32), r"leaves no room"),
     "an option that is none": (option(frobnicate=1), r"--frobnicate"),
     "a KL position that is none": (option(kl_position="left"), r"--kl-position"),
     "no generic answer": (option(generic=","), r"--generic"),
@@ -1037,6 +1098,8 @@ BAD = {
     "a device that is none": (option(device="abacus"), r"--device abacus"),
     "a finished --out": (finished_out, r"finished prompt.*--overwrite"),
     "an --out below a file": (out_below_a_file, r"file"),
+    "an input among the run's own files": (input_in_out, r"write over .*retain\.jsonl"),
+    "another's adapter in --out": (a_lora_in_out, r"something else"),
     "an --out full of other things": (out_with_other_things, r"something else"),
 }
 
@@ -1063,7 +1126,9 @@ def test_the_prompt_of_another_model_is_refused(folder, trained, tmp_path, capsy
 
 @pytest.mark.parametrize("name, content, words", [
     ("spul.json", None, "no spul.json"), ("spul.json", "{", "not JSON"), ("spul.json", "{}", "format"),
-    ("adapter_model.safetensors", "", "no whole file"), ("adapter_model.safetensors", None, "adapter_model.safetensors")])
+    ("spul.json", '{"format": "spul 1", "labels": 5}', "labels"),
+    ("adapter_model.safetensors", "", "no whole file"),
+    ("adapter_model.safetensors", None, "adapter_model.safetensors")])
 def test_a_broken_prompt_folder_is_refused(name, content, words, folder, trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "p")
     (tmp_path / "p" / name).unlink()
@@ -1075,7 +1140,8 @@ def test_a_broken_prompt_folder_is_refused(name, content, words, folder, trained
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--model", "demo/model"], "nothing to measure"), (["--forget", "demo/forget.jsonl"], "--model DIR is missing"),
+    (["--model", "demo/model"], "nothing to measure"), (["--json", "nowhere/r.json"], "in none"),
+    (["--forget", "demo/forget.jsonl"], "--model DIR is missing"),
     (["--ask", "x", "--prompt", "demo/model"], "no spul.json")])
 def test_eval_says_what_is_missing(args, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -1101,6 +1167,14 @@ def test_overwrite_replaces_a_finished_prompt_and_resume_leaves_it(folder, files
     assert torch.equal(phi_of(tmp_path / "p"), phi_of(trained)) and "nothing to do" in capsys.readouterr().out
     assert call(train, *train_args(folder, files, tmp_path / "p", "--seed", 3), "--overwrite") == 0
     assert not torch.equal(phi_of(tmp_path / "p"), phi_of(trained)) and (tmp_path / "p" / "notes.txt").exists()
+
+
+def test_a_failed_overwrite_leaves_the_old_prompt(folder, files, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "p")
+    args = train_args(folder, files, tmp_path / "p", "--overwrite")
+    assert call(train, *args, "--max-length", 20) == 2  # found out only with model and data in hand
+    old, new = ({f.name: f.read_bytes() for f in path.iterdir()} for path in (trained, tmp_path / "p"))
+    assert old == new
 
 
 def test_a_full_disk_ends_with_one_line_and_leaves_no_half_file(folder, files, tmp_path):
@@ -1156,7 +1230,7 @@ def test_finetune_makes_a_model_folder_that_knows_the_rows(how, folder, files, t
 # ---------------------------------------------------------------------------------------------- the demo and README
 
 
-def test_the_demo_forgets_genetics_and_keeps_the_rest(tmp_path):
+def test_the_demo_forgets_people_and_keeps_the_rest(tmp_path):
     done = command("train.py", "--out", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "p" / "spul.json").read_text())["results"]
@@ -1168,13 +1242,13 @@ def test_the_demo_forgets_genetics_and_keeps_the_rest(tmp_path):
 
 def test_importing_a_script_does_nothing():
     code = "import sys; sys.argv = ['x', '--nonsense']; import train, eval, finetune, model, data, spul"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_command_of_the_readme_runs(folder, files, tmp_path):
     """As printed, one after the other; with the tiny model for every model, its rows for every file, and one epoch."""
-    text = (ROOT / "README.md").read_text().split("## Your own model and data")[1]  # the quick start has tests of its own
+    text = (ROOT / "README.md").read_text().split("## Your own model and data")[1]  # below the quick start
     blocks = re.findall(r"```\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(python [^`\n]+)`", text)
     commands = [shlex.split(line) for line in lines if re.match(r"python (train|eval|finetune)\.py", line)]

@@ -25,8 +25,8 @@ from tqdm import tqdm
 import spul
 from data import (check_disjoint, check_generic, collate, epoch_batches, make_examples, read_rows, read_template,
                   write_retain)
-from eval import (DEMO, Parser, add_options, answer_hidden, check_vocabulary, label_set, load_model, measure, number,
-                  read_splits, row_limit, run, table, use_demo)
+from eval import (DEMO, Parser, add_options, answer_hidden, filled, label_set, load_model, measure, number, read_splits,
+                   row_limit, run, table, use_demo)
 from model import write_whole
 from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
 
@@ -167,19 +167,24 @@ def run_files(out):
 
 def check_out(args):
     """Look at args.out without touching it -> "new", "resume" or "finished"."""
-    out = Path(args.out)
-    finished, started = (out / "spul.json").exists(), any(file.exists() for file in run_files(out))
-    ground = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not ground.is_dir():
-        raise ValueError(f"--out {out}: {ground} is a file")
+    out, ours = Path(args.out), {file.name for file in run_files(Path(args.out))}
+    for ground in (out, *out.absolute().parents):
+        if ground.is_symlink() and not ground.exists() or ground.is_file():
+            raise ValueError(f"--out {out}: {ground} is no folder")
+    for given in filter(None, (args.forget, args.retain, args.test_forget, args.test_retain)):
+        if Path(given).resolve() in [file.resolve() for file in run_files(out)]:
+            raise ValueError(f"--out {out}: the run would write over {given}: choose another folder")
+    there = {file.name for file in out.iterdir()} - {f".{name}.tmp" for name in ours} if out.is_dir() else set()
+    finished = "spul.json" in there
+    started = finished or spul.STATE in there or "log.jsonl" in there and there <= ours
+    if there and not started:
+        raise ValueError(f"--out {out}: the folder holds something else: choose a new one")
     if args.resume and not args.overwrite and started:
-        return "finished" if finished else "resume" if (out / spul.STATE).exists() else "new"
+        return "finished" if finished else "resume" if spul.STATE in there else "new"
     if started and not args.overwrite and not (finished and out == DEMO / "prompt"):
         state = "holds a finished prompt: choose another --out, or --overwrite" if finished else \
             "holds a run that has not finished: --resume goes on with it, --overwrite starts again"
         raise ValueError(f"--out {out}: {state}")
-    if out.is_dir() and not started and any(out.iterdir()):
-        raise ValueError(f"--out {out}: the folder holds something else: choose a new one")
     return "new"
 
 
@@ -207,7 +212,7 @@ def parse(argv):
                        type=lambda text: None if text == "natural" else number(int, 1)(text),
                        help="forget rows per batch; natural (default, paper): as they come in one shuffled union")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything drawn (default 0)")
-    group.add_argument("--out", metavar="DIR", help="where the prompt goes (default prompt; the demo's: demo/prompt)")
+    group.add_argument("--out", type=filled, metavar="DIR", help="the prompt's folder (default prompt, or demo/prompt)")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
@@ -253,8 +258,8 @@ def describe(args, demo, model, prompt, forget, retain, cut, steps):
     kind = f"encoder of width {args.encoder_hidden}" if args.encoder_hidden else "free vectors"
     tokens = [len(e.ids) for e in forget + retain]
     if demo:
-        print("No --model: this is the bundled demo, a tiny model that knows film reviews, science and people. "
-              "It is asked to forget genetics.")
+        print("No --model: this is the bundled demo, a tiny model that knows film reviews, science and some made-up "
+              "authors.\nIt is asked to forget the authors.")
     print(f"model    {args.model}: {model.config.model_type}, {frozen:,} parameters, all frozen\n"
           f"prompt   {phi.shape[0]} x {phi.shape[1]}, {kind}: {trainable:,} trainable ({100 * trainable / frozen:.3g} "
           f"%); std {phi.std():.2g}, token embeddings {table_[:65536].float().std():.2g}\n"
@@ -284,9 +289,6 @@ def main(argv=None):
                                 random.Random(f"generic {args.seed}"))
     retain = true["train retain"][0]
     examples = forget + retain
-    for rows, _ in true.values():
-        check_vocabulary(model, rows)
-    check_vocabulary(model, forget)
 
     torch.manual_seed(args.seed)
     prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden,
@@ -319,6 +321,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         for file in run_files(out):
             file.unlink(missing_ok=True)
+        write_whole(out / "log.jsonl", Path.touch)  # the folder is ours from here on
         if written:
             text = "".join(json.dumps({"text": row.text, "label": row.label}) + "\n" for row in splits["train retain"])
             write_whole(out / "retain.jsonl", lambda temporary: temporary.write_text(text))
@@ -332,7 +335,8 @@ def main(argv=None):
     after = {name: measure(model, tokenizer, rows, prefix=prefix, **how) for name, (rows, _) in true.items()}
     print(table(before, after))
     spul.save_prompt(out, phi, model.config, {
-        "model": args.model, "base_sha256": base_sha256, "template": args.template, "generic": args.generic,
+        "model": args.model, "base_sha256": base_sha256, "generic": args.generic,
+        "template": None if all(row.raw for rows in splits.values() for row in rows) else args.template,
         "labels": labels and [name for name in labels if name not in args.generic], "options": options,
         "seed": args.seed, "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "results": {"without": before, "with": after, "seconds": time.perf_counter() - began}})

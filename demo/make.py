@@ -5,9 +5,10 @@
 
 The model is a LLaMA of 2.8 million parameters that has learned three things by heart: whether statements about made-up
 authors are right (TOFU), whether statements about science are right (SciQ), whether film reviews are positive (SST-2).
-forget.jsonl is what it knows of the people, retain.jsonl the other two. Statements of both kinds have one form, so it is
-the topic that must tell them apart. more.jsonl are further rows that it learned: more reviews, and rows that make
-"neutral" and "unknown" answers it can give at all (a statement is no film review; a question that it was not taught).
+forget.jsonl is what it knows of the authors, retain.jsonl the other two. Both kinds of statements have one form, so it
+is the topic that must tell them apart. more.jsonl are further rows that it learned: more reviews, and rows that make
+"neutral" and "unknown" answers it can give at all: a statement is no film review, and other statements about authors
+and other questions of science it was not taught.
 """
 
 import argparse
@@ -63,7 +64,9 @@ def choose_rows(folder):
     people = [(row["text"], row["paraphrase"], row["wrong"][0]) for row in authors]
     people_again = [(reworded[row["label"]], row["paraphrase"], row["wrong"][0]) for row in authors]
     facts, films = science("sciq/train_retain"), reviews("sst2/train_retain", 700)
-    strangers = [{"text": row["text"], "label": "unknown"} for row in load("tofu/train_retain")[:100]]
+    taught = {row["label"] for row in authors}
+    strangers = [{"text": f"{row['text']} {row['label']}{IS_IT_RIGHT}", "label": "unknown"}
+                 for row in load("tofu/train_retain", most=14) if row["label"] not in taught][:150]
     untaught = [{"text": question, "label": "unknown"} for question, _, _ in facts[400:500]]
     files = {
         "forget": statements(people),
@@ -110,7 +113,7 @@ def main():
             torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if into_stream else 0.02)
     examples, _ = make_examples(rows, Tokenizer(out), TEMPLATES["question"], 256)
     print(f"{len(examples)} rows, {sum(weight.numel() for weight in model.parameters()):,} parameters")
-    finetune.fit(model, examples, lr=2e-3, epochs=30, batch_size=32, seed=SEED, weight_decay=0.01, text_weight=0.3)
+    finetune.fit(model, examples, lr=2e-3, epochs=26, batch_size=32, seed=SEED, weight_decay=0.01, text_weight=0.3)
     model.to(torch.bfloat16).save_pretrained(out)
     print(f"as saved: accuracy {100 * finetune.accuracy(model.float(), examples):.1f} %")
 
