@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 
 FAR = 2**30  # the position of a padding key: behind every query, so never in sight
 
-
 # ---------------------------------------------------------------------------------------------------- files
 
 def read_json(path):
@@ -52,8 +51,7 @@ def write_whole(path, write):
         write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
+        os.umask(umask := os.umask(0))
         os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:  # the latter is safetensors' own word for a full disk
@@ -101,10 +99,9 @@ class Config:
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            if getattr(self, name) is None and name == "num_key_value_heads":
-                self.num_key_value_heads = self.num_attention_heads
-            if getattr(self, name) is None and name == "head_dim":
-                self.head_dim = self.hidden_size // self.num_attention_heads
+            if getattr(self, name) is None and name in ("num_key_value_heads", "head_dim"):
+                heads = self.num_attention_heads
+                setattr(self, name, heads if name == "num_key_value_heads" else self.hidden_size // heads)
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)!r} is no positive integer")
         for name in ("rms_norm_eps", "rope_theta"):
@@ -124,10 +121,9 @@ class Config:
         raw = read_json(path)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 keeps both in the former
         needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["model_type"]
-        if raw.get("model_type") != "llama":  # whose defaults are not those above
-            needed += ["num_key_value_heads", "max_position_embeddings"]
-            needed += {"mistral": ["sliding_window"], "qwen3": ["head_dim"]}.get(str(raw.get("model_type")), [])
-            needed += ["sliding_window"] if raw.get("use_sliding_window") else []
+        if raw.get("model_type") in ("mistral", "qwen2", "qwen3"):  # their defaults are not those above
+            needed += ["num_key_value_heads", "max_position_embeddings", "sliding_window"]
+            needed += ["head_dim"] if raw["model_type"] == "qwen3" else []
         missing = [name for name in needed if name not in raw]
         plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
         for wrong, reason in [
@@ -144,9 +140,9 @@ class Config:
                 raise ValueError(f"{path}: {reason}: not supported")
         fields = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         theta = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         try:
-            return cls(**{**fields, "rope_theta": theta, "rope_scaling": scaling or None})
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"} or None
+            return cls(**{**fields, "rope_theta": theta, "rope_scaling": scaling})
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path}: {e}") from None
 
@@ -185,19 +181,6 @@ class Config:
             raise ValueError("layer_types must name full_attention or sliding_attention for each layer")
         return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
-    @property
-    def qkv_bias(self):
-        return self.model_type == "qwen2" or self.o_bias
-
-    @property
-    def o_bias(self):
-        return self.attention_bias and self.model_type in ("llama", "qwen3")
-
-    def to_dict(self, dtype):
-        """What transformers reads back as this config."""
-        return {"architectures": [f"{FAMILIES[self.model_type]}ForCausalLM"], "hidden_act": "silu",
-                "torch_dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(self)}
-
 
 # ---------------------------------------------------------------------------------------------------- layers
 
@@ -226,11 +209,13 @@ class Attention(nn.Module):
         super().__init__()
         d, c = config.hidden_size, config.head_dim
         heads, groups = config.num_attention_heads, config.num_key_value_heads
+        o_bias = config.attention_bias and config.model_type in ("llama", "qwen3")
+        bias = o_bias or config.model_type == "qwen2"
         self.c = c
-        self.q_proj = nn.Linear(d, heads * c, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(d, groups * c, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(d, groups * c, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads * c, d, bias=config.o_bias)
+        self.q_proj = nn.Linear(d, heads * c, bias=bias)
+        self.k_proj = nn.Linear(d, groups * c, bias=bias)
+        self.v_proj = nn.Linear(d, groups * c, bias=bias)
+        self.o_proj = nn.Linear(heads * c, d, bias=o_bias)
         if config.model_type == "qwen3":
             self.q_norm, self.k_norm = nn.RMSNorm(c, config.rms_norm_eps), nn.RMSNorm(c, config.rms_norm_eps)
         else:
@@ -424,7 +409,9 @@ class Llama(nn.Module):
         tensors = {name if name == "lm_head.weight" else f"model.{name}": t.detach().contiguous()
                    for name, t in self.named_parameters()}
         write_whole(path / "model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
-        write_json(path / "config.json", self.config.to_dict(self.dtype))
+        write_json(path / "config.json", {"architectures": [f"{FAMILIES[self.config.model_type]}ForCausalLM"],
+                                          "hidden_act": "silu", "torch_dtype": str(self.dtype).removeprefix("torch."),
+                                          **dataclasses.asdict(self.config)})
 
 
 def weight_files(path):

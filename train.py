@@ -141,10 +141,11 @@ def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch
                                     torch.cat(known) if known else model.embed_tokens.weight[:0],
                                     alpha, beta, kl_position)
             except FloatingPointError as e:
-                save(step)
+                if all(parameter.isfinite().all() for parameter in prompt.parameters()):
+                    save(step)
                 raise FloatingPointError(
                     f"step {step + 1} of {len(plan)}: {e}; most likely --lr {lr:g} is too high, or the model's weights "
-                    f"are broken. The state before this step is in {out}") from None
+                    f"are broken. The last good state is kept in {out}") from None
             log.write(json.dumps({"step": step + 1, "epoch": step // per_epoch + 1, "lr": rate, **report,
                                   "n_f": batch.n_f, "n_r": batch.n_r, "seconds": time.perf_counter() - began}) + "\n")
             bar.update()

@@ -4,11 +4,13 @@
     python demo/make.py --rows DIR      # DIR/sst2, DIR/sciq and DIR/tofu: the sets that NOTICE names, as JSON Lines
 
 The model is a LLaMA of 2.8 million parameters that has learned three things by heart: whether statements about made-up
-authors are right (TOFU), whether statements about science are right (SciQ), whether film reviews are positive (SST-2).
-forget.jsonl is what it knows of the authors, retain.jsonl the other two. Both kinds of statements have one form, so it
-is the topic that must tell them apart. more.jsonl are further rows that it learned: more reviews, and rows that make
-"neutral" and "unknown" answers it can give at all: a statement is no film review, and other statements about authors
-and other questions of science it was not taught.
+authors are true (TOFU), whether statements about science are right (SciQ), whether film reviews are positive (SST-2).
+forget.jsonl is what it knows of the authors, retain.jsonl the other two. more.jsonl are further rows that it learned:
+more reviews, and rows that make "neutral" and "unknown" answers it can give at all: a statement is no film review, and
+other statements about authors and other questions of science it was not taught.
+
+Harder requests were tried on such a model and are beyond it. Genetics among science questions: forget accuracy 100 ->
+49 took the rest to 79. The authors, when the science statements ended in the same question: 100 -> 58, the rest 96.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from model import Config, Llama, write_json, write_whole  # noqa: E402
 
 SEED = 0
 IS_IT_RIGHT = "\nIs this right or wrong?"
+IS_IT_TRUE = "\nTrue or false?"
 IS_IT_POSITIVE = "\nIs this film review positive or negative?"
 
 
@@ -42,9 +45,10 @@ def choose_rows(folder):
         rows = [row for row in rows if least <= len(row["text"].split("\n")[0].split()) <= most]
         return rng.sample(rows, len(rows))
 
-    def statements(triples):  # (question, right answer, wrong answer): every other one with the wrong answer
-        return [{"text": f"{question} {wrong if i % 2 else right}{IS_IT_RIGHT}", "label": "wrong" if i % 2 else "right"}
-                for i, (question, right, wrong) in enumerate(triples)]
+    def statements(triples, question=IS_IT_RIGHT, answers=("right", "wrong")):
+        """(question, right answer, wrong answer), ...: every other one becomes a statement with the wrong answer."""
+        return [{"text": f"{triple[0]} {triple[1 + i % 2]}{question}", "label": answers[i % 2]}
+                for i, triple in enumerate(triples)]
 
     def science(name):
         triples = []
@@ -65,13 +69,13 @@ def choose_rows(folder):
     people_again = [(reworded[row["label"]], row["paraphrase"], row["wrong"][0]) for row in authors]
     facts, films = science("sciq/train_retain"), reviews("sst2/train_retain", 700)
     taught = {row["label"] for row in authors}
-    strangers = [{"text": f"{row['text']} {row['label']}{IS_IT_RIGHT}", "label": "unknown"}
+    strangers = [{"text": f"{row['text']} {row['label']}{IS_IT_TRUE}", "label": "unknown"}
                  for row in load("tofu/train_retain", most=14) if row["label"] not in taught][:150]
     untaught = [{"text": question, "label": "unknown"} for question, _, _ in facts[400:500]]
     files = {
-        "forget": statements(people),
+        "forget": statements(people, IS_IT_TRUE, ("true", "false")),
         "retain": statements(facts[:400]) + films[:300],
-        "test_forget": statements(people_again)[:100],
+        "test_forget": statements(people_again, IS_IT_TRUE, ("true", "false"))[:100],
         "test_retain": statements(science("sciq/test_retain")[:100]) + reviews("sst2/test_retain", 100),
         "more": films[300:] + strangers + untaught + [
             {"text": row["text"].removesuffix(IS_IT_RIGHT) + IS_IT_POSITIVE, "label": "neutral"}
