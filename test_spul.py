@@ -1218,7 +1218,7 @@ def test_lora_starts_as_the_model_and_merges_to_what_it_was(folder):
 
 @pytest.mark.parametrize("how", [["--rank", 8, "--lr", "2e-2"], ["--full", "--lr", "5e-3"]], ids=["LoRA", "full"])
 def test_finetune_makes_a_model_folder_that_knows_the_rows(how, folder, files, tmp_path, capsys):
-    args = ["--model", folder, "--data", files["forget"], files["retain"], "--out", tmp_path / "m", "--epochs", 25,
+    args = ["--model", folder, "--data", files["forget"], files["retain"], "--out", tmp_path / "m", "--epochs", 40,
             "--batch-size", 8, "--dtype", "fp32"]
     assert call(finetune, *args, *how) == 0
     known = float(re.search(r"merged: accuracy ([\d.]+)", capsys.readouterr().out)[1])
@@ -1271,5 +1271,5 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
 def test_the_readme_names_only_options_that_exist():
     text = (ROOT / "README.md").read_text()
     known = "".join((ROOT / name).read_text() for name in ("train.py", "eval.py", "finetune.py"))
-    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
-    assert len(names) > 10 and all(f'--{name}"' in known or f'"{name}"' in known for name in names), names
+    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"no-deps"}  # pip's
+    assert len(names) > 10 and not [n for n in names if f'--{n}"' not in known and f'"{n}"' not in known]
