@@ -476,13 +476,13 @@ def test_sentencepiece_puts_no_bos_where_the_settings_say_so(folder, tmp_path):
 
 
 def test_a_long_text_loses_its_end_and_neither_template_nor_answer(tokenizer):
-    row = Row("word " * 500, "positive", "x:1")
+    row = Row(" ".join(f"{i}st" for i in range(500)), "positive", "x:1")
     template = read_template("sentiment")
     example, cut = make_example(row, tokenizer, template, 64)
     before, after = template.split("{text}")
     text = tokenizer.decode(list(example.ids[1:]))
     assert cut and 60 <= len(example.ids) <= 64
-    assert text.startswith(before + "word word") and text.endswith(after + " positive")
+    assert text.startswith(before + "0st 1st") and text.endswith(after + " positive")
 
 
 def test_an_answer_longer_than_the_limit_is_refused(tokenizer):
@@ -721,7 +721,7 @@ def test_measures_equal_those_of_generated_answers(folder, tokenizer):
     # the answers that this random model really gives, some of two tokens, become the label set
     greedy = data.continuations(llama, [e.ids[: -e.n] for e in examples], 2, prefix)
     labels = {"long": greedy[0], "short": greedy[1][:1], "never": [3, 4]}
-    truth = ["long", "never", "never", *["short", "long", "never"] * 9]
+    truth = ["never", "short", "never", *["short", "long", "never"] * 9]
     examples = [dataclasses.replace(e, ids=e.ids[: -e.n] + tuple(labels[t]), n=len(labels[t]), label=t)
                 for e, t in zip(examples, truth)]
     fitting = [[name for name, ids in labels.items() if g[: len(ids)] == ids] for g in greedy]
@@ -1196,6 +1196,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError):
         model_module.write_whole(tmp_path / "f", half)
     assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    inode = []
+    model_module.write_whole(tmp_path / "f", lambda t: (t.write_text("new"), inode.append(t.stat().st_ino)))
+    assert (tmp_path / "f").read_text() == "new" and (tmp_path / "f").stat().st_ino == inode[0]  # moved, not copied
 
 
 # -------------------------------------------------------------------------------------------------------- finetune
@@ -1216,9 +1219,9 @@ def test_lora_starts_as_the_model_and_merges_to_what_it_was(folder):
     assert not torch.allclose(changed, first, atol=0.1)
 
 
-@pytest.mark.parametrize("how", [["--rank", 8, "--lr", "2e-2"], ["--full", "--lr", "5e-3"]], ids=["LoRA", "full"])
+@pytest.mark.parametrize("how", [["--rank", 8, "--lr", "5e-3"], ["--full", "--lr", "5e-3"]], ids=["LoRA", "full"])
 def test_finetune_makes_a_model_folder_that_knows_the_rows(how, folder, files, tmp_path, capsys):
-    args = ["--model", folder, "--data", files["forget"], files["retain"], "--out", tmp_path / "m", "--epochs", 40,
+    args = ["--model", folder, "--data", files["forget"], files["retain"], "--out", tmp_path / "m", "--epochs", 20,
             "--batch-size", 8, "--dtype", "fp32"]
     assert call(finetune, *args, *how) == 0
     known = float(re.search(r"merged: accuracy ([\d.]+)", capsys.readouterr().out)[1])
