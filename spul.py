@@ -131,7 +131,8 @@ def load_prompt(folder, base_sha256=None):
         hint = "its training has not finished: train.py --resume" if (folder / STATE).exists() else "no prompt folder"
         raise FileNotFoundError(f"{folder}: no spul.json: {hint}")
     info, file = read_json(folder / "spul.json"), folder / "adapter_model.safetensors"
-    lists = [info.get("labels") or [], info.get("generic"), [info.get("template", 0) if info.get("template", 0) is not None else ""]]
+    template = info.get("template", 0)  # None where the rows were prompts themselves
+    lists = [info.get("labels") or [], info.get("generic"), [] if template is None else [template]]
     if info.get("format") != "spul 1" or not all(
             isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
         raise ValueError(f"{folder / 'spul.json'}: format, template, labels or generic are not as train.py writes them")

@@ -14,6 +14,7 @@ Harder requests were tried on such a model and are beyond it. Genetics among sci
 """
 
 import argparse
+import io
 import json
 import math
 import random
@@ -97,11 +98,13 @@ def main():
     out.mkdir(exist_ok=True)
 
     # "identity" and byte_fallback: every text comes back as it was, newlines too
+    tokenizer = io.BytesIO()  # a file's name would become part of the model
     SentencePieceTrainer.train(
+        model_writer=tokenizer,
         sentence_iterator=iter(f"{TEMPLATES['question'].replace('{text}', row.text)} {row.label}" for row in rows),
-        model_prefix=str(out / "tokenizer"), vocab_size=2048, model_type="bpe", byte_fallback=True, split_digits=True,
+        vocab_size=2048, model_type="bpe", byte_fallback=True, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
-    (out / "tokenizer.vocab").unlink()
+    write_whole(out / "tokenizer.model", lambda temporary: temporary.write_bytes(tokenizer.getvalue()))
     write_json(out / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True,
                                                "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>",
                                                "unk_token": "<unk>", "legacy": False})
