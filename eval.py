@@ -207,7 +207,7 @@ def use_demo(args):
     for name in ("forget", "retain", "test_forget", "test_retain"):
         setattr(args, name, getattr(args, name) or str(DEMO / f"{name}.jsonl"))
     args.template = args.template or "question"
-    args.dtype = "fp32" if args.dtype == "auto" else args.dtype  # the same figures on every machine
+    args.dtype = "fp32" if args.dtype == "auto" else args.dtype  # the same on machines with and without bf16
     return True
 
 
