@@ -3,7 +3,6 @@
     python -m pytest -q
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json

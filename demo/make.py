@@ -1,6 +1,6 @@
 """Make the demo's model from the rows in this folder, or first the rows from their data sets.
 
-    python demo/make.py                 # about ten minutes on two cores
+    python demo/make.py                 # thirteen minutes on one core
     python demo/make.py --rows DIR      # DIR/sst2, DIR/sciq and DIR/tofu: the sets that NOTICE names, as JSON Lines
 
 The model is a LLaMA of 2.8 million parameters that has learned three things by heart: whether statements about made-up
