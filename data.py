@@ -8,13 +8,14 @@ Errors a user can cause are ValueError or OSError, with file and line in the mes
 """
 
 import json
+import os.path
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from model import read_json
+from files import read_json
 
 TEMPLATES = {
     # the released code's, up to where the answer starts
@@ -261,7 +262,8 @@ def make_examples(rows, tokenizer, template, max_length, forget=False, generic=N
 class Batch:
     """B rows padded on the right, and the N answer tokens in them."""
 
-    tokens: torch.Tensor  # (B, T)
+    front: tuple  # ids that every row begins with, left out below: `Llama.prefix` computes them once for all
+    tokens: torch.Tensor  # (B, T), the rest of each row
     rows: torch.Tensor  # (N,), which row
     columns: torch.Tensor  # (N,), the position that predicts it: one before its own
     targets: torch.Tensor  # (N,), the answer's ids
@@ -274,16 +276,25 @@ class Batch:
         return self.rows, self.columns
 
 
-def collate(examples, device="cpu"):
-    """Examples -> Batch. Padding is token 0; nothing sees it and nothing scores it."""
-    tokens = torch.zeros(len(examples), max(len(e.ids) for e in examples), dtype=torch.long)  # (B, T)
-    for row, e in enumerate(examples):
-        tokens[row, : len(e.ids)] = torch.tensor(e.ids)
-    scored = [(row, len(e.ids) - e.n - 1 + i, e.ids[len(e.ids) - e.n + i], e.forget)
+def common_front(examples):
+    """The ids that all examples begin with, but none that predicts an answer."""
+    return os.path.commonprefix([e.ids[: -e.n - 1] for e in examples])
+
+
+def collate(examples, device="cpu", front=(), last=False):
+    """Examples that all begin with the ids `front` -> Batch. Padding is token 0; nothing sees it or scores it.
+
+    last: keep each row's last token, too. It predicts nothing that is scored, unless one looks behind the answer.
+    """
+    texts = [e.ids[len(front) : len(e.ids) if last else -1] for e in examples]
+    tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)  # (B, T)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    scored = [(row, len(e.ids) - e.n - 1 + i - len(front), e.ids[len(e.ids) - e.n + i], e.forget)
               for row, e in enumerate(examples) for i in range(e.n)]
     rows, columns, targets, forget = torch.tensor(scored).T.to(device)  # (N,) each
     n_f = sum(e.forget for e in examples)
-    return Batch(tokens.to(device), rows, columns, targets, forget.bool(), n_f, len(examples) - n_f)
+    return Batch(front, tokens.to(device), rows, columns, targets, forget.bool(), n_f, len(examples) - n_f)
 
 
 def continuations(model, prompts, n, prefix=None, **how):

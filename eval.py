@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (Tokenizer, answer_ids, by_length, check_text, collate, continuations, make_examples, read_rows,
-                  read_sets, read_template)
-from model import Config, Llama, weight_files, write_json
+from data import (Tokenizer, answer_ids, by_length, check_text, collate, common_front, continuations, make_examples,
+                  read_rows, read_sets, read_template)
+from files import weight_files, write_json
+from model import Config, Llama
 from spul import fingerprint, load_prompt
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -33,14 +34,15 @@ METRICS = ["accuracy", "probability", "f1", "generic", "outside", "commonest"]
 
 
 @torch.no_grad()
-def answer_hidden(model, examples, prefix=None, shift=0, batch_size=32):
+def answer_hidden(model, examples, phi=None, shift=0, batch_size=32):
     """Final-norm outputs that predict each example's answer tokens: a list of (n, d), in the examples' order.
 
-    shift 1 moves them one token on: what the model predicts after each answer token.
+    phi (p, d): the prompt in front, if any. shift 1: one token on, what the model predicts after each answer token.
     """
-    found = [None] * len(examples)
+    found, front = [None] * len(examples), common_front(examples)
+    prefix = model.prefix(phi, front)
     for indices in by_length(examples, batch_size):
-        batch = collate([examples[i] for i in indices], model.device)
+        batch = collate([examples[i] for i in indices], model.device, front, last=shift)
         h = model.hidden(batch.tokens, prefix, (batch.rows, batch.columns + shift))  # (N, d)
         for i, part in zip(indices, h.split([examples[i].n for i in indices])):
             found[i] = part.clone()
@@ -73,7 +75,7 @@ def named(ids, answers):
     return max(fits, key=lambda name: len(answers[name]), default=None)
 
 
-def predict(model, tokenizer, examples, scores, answers, prefix=None, batch_size=32):
+def predict(model, tokenizer, examples, scores, answers, phi=None, batch_size=32):
     """The greedy answer of each example: one of answers, {answer: its ids}, or what it begins with instead.
 
     The scores decide nearly all; only where a longer answer may have begun does the model have to go on writing.
@@ -84,6 +86,7 @@ def predict(model, tokenizer, examples, scores, answers, prefix=None, batch_size
     begins = {name for name, ids in answers.items() for other in answers.values() if ids == other[: len(ids)] != other}
     unsure = [i for i, (right, _, first) in enumerate(scores)
               if (examples[i].label in begins if right else first in longer)]
+    prefix = model.prefix(phi) if unsure and phi is not None else None
     for start in range(0, len(unsure), batch_size):
         part = unsure[start : start + batch_size]
         prompts = [examples[i].ids[: -examples[i].n] for i in part]
@@ -98,18 +101,18 @@ def weighted_f1(truth, said):
     return sum(n * 2 * hits[c] / (n + guesses[c]) for c, n in support.items()) / len(truth)
 
 
-def measure(model, tokenizer, examples, labels=None, generic=(), prefix=None, hidden=None, batch_size=32):
+def measure(model, tokenizer, examples, labels=None, generic=(), phi=None, hidden=None, batch_size=32):
     """A dict of what is measured on one split, all as fractions of 1.
 
     labels: `label_set` of the rows; without one, only accuracy and probability. generic: the generic answers in it.
     hidden: `answer_hidden` of these examples, where the caller has it already.
     """
-    hidden = hidden or answer_hidden(model, examples, prefix, batch_size=batch_size)
+    hidden = hidden or answer_hidden(model, examples, phi, batch_size=batch_size)
     scores, n = score(model, hidden, examples, batch_size), len(examples)
     result = {"rows": n, "accuracy": sum(right for right, _, _ in scores) / n,
               "probability": math.fsum(p for _, p, _ in scores) / n}
     if labels:
-        said = predict(model, tokenizer, examples, scores, labels, prefix, batch_size)
+        said = predict(model, tokenizer, examples, scores, labels, phi, batch_size)
         result |= {"f1": weighted_f1([e.label for e in examples], said),
                    "generic": sum(s in generic for s in said) / n,
                    "outside": sum(s in generic or s not in labels for s in said) / n,
@@ -317,8 +320,7 @@ def main(argv=None):
     model, tokenizer = load_model(args)
     if phi is not None and phi.shape[1] != model.config.hidden_size:
         raise ValueError(f"{args.prompt}: vectors of width {phi.shape[1]}, the model's is {model.config.hidden_size}")
-    with torch.no_grad():
-        prefix = None if phi is None else model.prefix(phi.to(model.device))
+    phi = None if phi is None else phi.to(model.device)
 
     if args.ask is not None:
         labels = {name: answer_ids(tokenizer, name, info["template"] is None and name not in generic)
@@ -327,7 +329,9 @@ def main(argv=None):
         room = model.config.max_position_embeddings - (0 if phi is None else len(phi))
         check_text(text, "--ask")
         print(f"without the prompt: {ask(model, tokenizer, text, template, labels, room)}")
-        if prefix is not None:
+        if phi is not None:
+            with torch.no_grad():
+                prefix = model.prefix(phi)
             print(f"with the prompt:    {ask(model, tokenizer, text, template, labels, room, prefix)}")
         return
     limit = row_limit(args, 0 if phi is None else len(phi))
@@ -339,8 +343,8 @@ def main(argv=None):
             print(f"{name}: {cut} texts cut to {limit} tokens")
         how = dict(labels=labels, generic=generic, batch_size=args.batch_size)
         before[name] = measure(model, tokenizer, examples, **how)
-        if prefix is not None:
-            after[name] = measure(model, tokenizer, examples, prefix=prefix, **how)
+        if phi is not None:
+            after[name] = measure(model, tokenizer, examples, phi=phi, **how)
     print(table(before, after))
     if args.json:
         write_json(args.json, {"model": args.model, "prompt": args.prompt, "dtype": str(model.dtype), "without": before,

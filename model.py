@@ -2,8 +2,9 @@
 
 `Llama.prefix(phi)` turns p prompt vectors into keys and values once, and every row of a batch attends to them.
 Attention is causal and the prompt stands in front, so they cannot depend on the text: the result is exactly that of
-repeating phi in every row, gradients included, at 1/B of the work. With `at`, only scored positions go through the
-last layer's queries and the head. Left out: dropout, and whatever is no decoder with RoPE, RMSNorm and SwiGLU.
+repeating phi in every row, gradients included, at 1/B of the work; tokens with which every text begins can go the same
+way. With `at`, only scored positions go through the last layer's queries and the head. Left out: dropout, and whatever
+is no decoder with RoPE, RMSNorm and SwiGLU.
 
 Letters: B rows, T text tokens, p prompt tokens, S keys in sight (p + T), d width, H query heads, G key/value heads,
 c width of a head, V vocabulary, N scored positions, A scored positions of the row that has most.
@@ -13,57 +14,20 @@ Errors a user can cause are ValueError or OSError, with the file in the message.
 """
 
 import dataclasses
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+from files import read_json, read_tensors, weight_files, write_json, write_whole
 
 FAR = 2**30  # the position of a padding key: behind every query, so never in sight
-
-# ---------------------------------------------------------------------------------------------------- files
-
-def read_json(path):
-    """The JSON object in a file. Raises ValueError, with the place, for anything else."""
-    path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 (byte {e.start})") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is expected")
-    return value
-
-
-def write_whole(path, write):
-    """Let `write(temporary_path)` make a file, then move it to `path`: it appears whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next write replaces
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files that only their owner may read
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:  # the latter is safetensors' own word for a full disk
-        raise OSError(f"{path}: could not be written: {getattr(e, 'strerror', None) or e}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
+FEW = 256  # keys, up to which a CPU is faster with plain matrix products than with PyTorch's fused attention
 
 # --------------------------------------------------------------------------------------------------- config
 
@@ -198,10 +162,37 @@ def rotate(x, rope):
     return x * cos + torch.cat([-right, left], dim=-1) * sin  # (B, heads, T, c)
 
 
-def visible(queries, keys, window=None):
-    """Which key each query sees, True where it does: positions (B, T) and (B, S) -> (B, 1, T, S); B may be 1."""
+def visible(queries, keys, window, dtype):
+    """What is added to the scores, 0 for a key in sight, else -inf: positions (B, T) and (B, S) -> (B, 1, T, S)."""
     back = queries[:, None, :, None] - keys[:, None, None, :]  # (B, 1, T, S), how far back the key stands
-    return back >= 0 if window is None else (back >= 0) & (back < window)
+    hidden = back < 0 if window is None else (back < 0) | (back >= window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k' / sqrt(c) + mask) v: q (B, H, T, c), k and v (B, G, S, c), mask (B, 1, T, S) -> (B, H, T, c)."""
+    (B, H, T, c), (G, S) = q.shape, k.shape[1:3]
+    if q.device.type == "cpu" and S <= FEW:
+        n = H // G * T  # the heads that share keys stand side by side, as if they were more queries
+        scores = (q.reshape(B, G, n, c) @ k.transpose(2, 3)).view(B, H, T, S)
+        weights = F.softmax(torch.add(mask, scores, alpha=c**-0.5), dim=-1)  # (B, H, T, S), summed in float32
+        return (weights.view(B, G, n, S) @ v).view(B, H, T, c)
+    k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # no CUDA kernel takes both a mask and fewer heads
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping its two inputs for the backward pass and not silu(gate), which is computed again."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate) * g
 
 
 class Attention(nn.Module):
@@ -230,8 +221,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, k, v, mask):
         """x (B, T, d) looks at k, v (B, G, S, c) through mask (B, 1, T, S) -> (B, T, d)."""
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.c))).transpose(1, 2)  # (B, H, T, c)
-        y = F.scaled_dot_product_attention(rotate(q, rope), k, v, attn_mask=mask, enable_gqa=True)  # (B, H, T, c)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(rotate(q, rope), k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -243,7 +233,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, d, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -298,10 +288,16 @@ class Llama(nn.Module):
         """tokens (B, T) -> logits (B, T, V), float32; row t predicts token t + 1."""
         return self.head(self.hidden(tokens, prefix))
 
-    def prefix(self, phi):
-        """Prompt vectors phi (p, d) -> one (k, v) per layer, (G, p, c) each: what any text behind them attends to."""
-        positions = torch.arange(len(phi), device=self.device)[None]  # (1, p)
-        _, kv = self._run(phi.to(self.dtype)[None], positions, positions)  # B = 1
+    def prefix(self, phi=None, front=()):
+        """What any text attends to behind prompt vectors phi (p, d): one (k, v) per layer, (G, p, c) each.
+
+        front: ids of tokens with which every text begins; they stand behind phi, count into p, and are then left out
+        of the texts that `hidden` is given. No phi: the front alone.
+        """
+        x = self.embed_tokens(torch.tensor(front, dtype=torch.long, device=self.device))[None]  # (1, p, d)
+        x = x if phi is None else torch.cat([phi.to(self.dtype)[None], x], dim=1)
+        positions = torch.arange(x.shape[1], device=self.device)[None]  # (1, p)
+        _, kv = self._run(x, positions, positions)  # B = 1
         return [(k[0], v[0]) for k, v in kv]
 
     def hidden(self, tokens, prefix=None, at=None):
@@ -335,12 +331,12 @@ class Llama(nn.Module):
         -> final-norm outputs (B, T, d), or (B, A, d) at the columns grid (B, A), and each layer's (k, v) of all keys.
         """
         inv_freq, windows = self.config.inv_freq(x.device), self.config.windows
-        rope, masks = rope_table(inv_freq, queries), {w: visible(queries, keys, w) for w in set(windows)}
+        rope, masks = rope_table(inv_freq, queries), {w: visible(queries, keys, w, x.dtype) for w in set(windows)}
         kv, pick = [], None
         for i, (layer, window) in enumerate(zip(self.layers, windows)):
             if grid is not None and i == len(self.layers) - 1:
                 queries = queries.expand(len(x), -1).gather(1, grid)  # (B, A)
-                pick, masks = (grid, rope_table(inv_freq, queries)), {window: visible(queries, keys, window)}
+                pick, masks = (grid, rope_table(inv_freq, queries)), {window: visible(queries, keys, window, x.dtype)}
             x, in_sight = layer(x, rope, masks[window], past and past[i], pick)
             kv.append(in_sight)
         return self.norm(x), kv
@@ -412,39 +408,3 @@ class Llama(nn.Module):
         write_json(path / "config.json", {"architectures": [f"{FAMILIES[self.config.model_type]}ForCausalLM"],
                                           "hidden_act": "silu", "torch_dtype": str(self.dtype).removeprefix("torch."),
                                           **dataclasses.asdict(self.config)})
-
-
-def weight_files(path):
-    """The safetensors files of a model folder. Pickled weights are refused: reading them can run code."""
-    path, index = Path(path), Path(path) / "model.safetensors.index.json"
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json there: a Hugging Face model folder is expected")
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{index}: no weight_map from tensor to file")
-        for name in names.values():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{index}: {name!r} points outside the folder")
-        return [path / name for name in sorted(set(names.values()))]  # one that is not there says so when read
-    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        raise ValueError(f"{path}: only pickled weights, which can run code when read; convert them with transformers: "
-                         "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)")
-    raise FileNotFoundError(f"{path}: no model.safetensors and no model.safetensors.index.json")
-
-
-def read_tensors(file):
-    """Names and tensors of a safetensors file, mapped, without the RoPE constants that old files carry."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():
-                if name.endswith("rotary_emb.inv_freq"):
-                    continue
-                tensor = f.get_tensor(name)
-                if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                    raise ValueError(f"{file}: {name} is {tensor.dtype}: quantised weights are not supported")
-                yield name, tensor
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: no whole safetensors file: {e}") from None

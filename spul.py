@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import read_json, weight_files, write_json, write_whole
+from files import read_json, weight_files, write_json, write_whole
 
 PROMPT_FILES = ("adapter_model.safetensors", "adapter_config.json", "spul.json")
 STATE = "state.safetensors"

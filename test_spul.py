@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluate
 import finetune
-import model as model_module
 import spul
 import train
 from data import (Row, Tokenizer, collate, epoch_batches, make_example, make_examples, read_rows, read_sets,
                   read_template)
+from files import write_whole
 from model import Config, Llama
 from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
 
@@ -540,7 +540,7 @@ def test_forget_per_batch_puts_as_many_into_every_batch_and_passes_once_over_the
 
 def test_a_batch_knows_which_position_predicts_which_answer_token():
     batch = collate([data.Example((5, 6, 7, 8), 2, "a", True), data.Example((9, 4), 1, "b", False)])
-    assert batch.tokens.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert batch.tokens.tolist() == [[5, 6, 7], [9, 0, 0]]
     assert list(zip(batch.rows.tolist(), batch.columns.tolist(), batch.targets.tolist(), batch.forget.tolist())) == \
         [(0, 1, 7, True), (0, 2, 8, True), (1, 0, 4, False)]
     assert (batch.n_f, batch.n_r) == (1, 1)
@@ -618,7 +618,7 @@ def test_the_losses_of_a_batch_equal_those_of_whole_rows_one_at_a_time(position)
     shift = int(position == "after-label")
     if shift:  # the last position of a row is needed, too
         examples = [dataclasses.replace(e, ids=e.ids + (9,)) for e in examples]
-    got = train.losses(llama, prompt, collate(examples), teacher_of(llama, examples, shift), 0.7, 0.3, position)
+    got = train.losses(llama, prompt, collate(examples, last=shift), teacher_of(llama, examples, shift), 0.7, 0.3, position)
     l_f, l_r, l_kl = [], [], []
     for e in examples:
         ids = torch.tensor([e.ids])
@@ -642,7 +642,7 @@ def test_a_batch_without_rows_of_one_side_trains_on_the_other(n_f, n_r, zero, po
     llama, prompt, examples = tiny(), SoftPrompt(4, 32, 8), small_batch(n_f, n_r)
     teacher = teacher_of(llama, examples) if n_r else llama.embed_tokens.weight[:0]
     before = prompt().detach().clone()
-    report = train.train_step(llama, prompt, train.make_optimizer(prompt, 0.01), collate(examples), teacher,
+    report = train.train_step(llama, prompt, train.make_optimizer(prompt, 0.01), collate(examples, last=True), teacher,
                               kl_position=position)
     assert all(report[name] == 0 for name in zero) and report["grad_norm"] > 0
     assert not torch.equal(prompt(), before)
@@ -714,7 +714,8 @@ def test_weighted_f1_equals_hand_arithmetic():
 
 def test_measures_equal_those_of_generated_answers(folder, tokenizer):
     llama = Llama.from_pretrained(folder)
-    prefix = llama.prefix(vectors(4).detach())
+    phi = vectors(4).detach()
+    prefix = llama.prefix(phi)
     rows = [Row(r["text"], r["label"], "") for r in make_rows(30, ["a", "b"], 1)]
     examples, _ = make_examples(rows, tokenizer, "{text}", 64)
     # the answers that this random model really gives, some of two tokens, become the label set
@@ -726,7 +727,7 @@ def test_measures_equal_those_of_generated_answers(folder, tokenizer):
     fitting = [[name for name, ids in labels.items() if g[: len(ids)] == ids] for g in greedy]
     said = [max(names, default=None, key=lambda name: len(labels[name])) for names in fitting]
     assert said[:2] == ["long", "short"]
-    result = evaluate.measure(llama, tokenizer, examples, labels, ["short"], prefix)
+    result = evaluate.measure(llama, tokenizer, examples, labels, ["short"], phi)
     assert result["accuracy"] == sum(s == t for s, t in zip(said, truth)) / 30 > 0
     assert result["generic"] == said.count("short") / 30 > 0
     assert result["outside"] == sum(s in (None, "short") for s in said) / 30
@@ -1193,10 +1194,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
     (tmp_path / "f").write_text("old")
     with pytest.raises(OSError):
-        model_module.write_whole(tmp_path / "f", half)
+        write_whole(tmp_path / "f", half)
     assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     inode = []
-    model_module.write_whole(tmp_path / "f", lambda t: (t.write_text("new"), inode.append(t.stat().st_ino)))
+    write_whole(tmp_path / "f", lambda t: (t.write_text("new"), inode.append(t.stat().st_ino)))
     assert (tmp_path / "f").read_text() == "new" and (tmp_path / "f").stat().st_ino == inode[0]  # moved, not copied
 
 

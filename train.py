@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 import spul
-from data import (check_disjoint, check_generic, collate, epoch_batches, make_examples, read_rows, read_template,
-                  write_retain)
+from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_rows,
+                  read_template, write_retain)
 from eval import (DEMO, Parser, add_options, answer_hidden, filled, label_set, load_model, measure, number, read_splits,
                    row_limit, run, table, use_demo)
-from model import write_whole
+from files import write_whole
 from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
 
 # The paper's optimizer, from the released code: AdamW, weight decay 1e-3, gradient norm clipped at 0.3, learning rate
@@ -48,7 +48,8 @@ def losses(model, prompt, batch, teacher, alpha=1.0, beta=0.5, kl_position="alig
     rows, columns = batch.at
     if kl_position == "after-label":  # the released code: one position late
         rows, columns = torch.cat([rows, rows[retain]]), torch.cat([columns, columns[retain] + 1])
-    h = model.hidden(batch.tokens, model.prefix(prompt()), (rows, columns))  # (N, d), then (N_r, d) if after the label
+    prefix = model.prefix(prompt(), batch.front)
+    h = model.hidden(batch.tokens, prefix, (rows, columns))  # (N, d), then (N_r, d) if after the label
     logits = model.head(h[: len(retain)])  # (N, V)
     student = model.head(h[len(retain) :]) if kl_position == "after-label" else logits[retain]  # (N_r, V)
     loss_f = forget_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f)
@@ -117,7 +118,7 @@ def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch
     optimizer, start = make_optimizer(prompt, lr), 0
     plan = [batch for epoch in range(epochs)
             for batch in epoch_batches(examples, batch_size, seed, epoch, forget_per_batch)]
-    per_epoch = len(plan) // epochs
+    per_epoch, front = len(plan) // epochs, common_front(examples)
     if resume:
         start = spul.read_run(out)[0]
         spul.load_state(out, prompt, optimizer)
@@ -133,7 +134,7 @@ def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch
 
         for step in range(start, len(plan)):
             began, indices = time.perf_counter(), plan[step]
-            batch = collate([examples[i] for i in indices], model.device)
+            batch = collate([examples[i] for i in indices], model.device, front, last=kl_position == "after-label")
             rate = optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan), lr)
             known = [teacher[i] for i in indices if not examples[i].forget]
             try:
@@ -330,10 +331,8 @@ def main(argv=None):
     fit(model, prompt, examples, teacher, out, description, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size,
         seed=args.seed, alpha=args.alpha, beta=args.beta, kl_position=args.kl_position,
         forget_per_batch=args.forget_per_batch, resume=going_on == "resume")
-    with torch.no_grad():
-        phi = prompt()
-        prefix = model.prefix(phi)
-    after = {name: measure(model, tokenizer, rows, prefix=prefix, **how) for name, (rows, _) in true.items()}
+    phi = prompt().detach()
+    after = {name: measure(model, tokenizer, rows, phi=phi, **how) for name, (rows, _) in true.items()}
     print(table(before, after))
     spul.save_prompt(out, phi, model.config, {
         "model": args.model, "base_sha256": base_sha256, "generic": args.generic,

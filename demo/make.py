@@ -29,7 +29,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import finetune  # noqa: E402
 from data import TEMPLATES, Tokenizer, make_examples, read_rows  # noqa: E402
-from model import Config, Llama, write_json, write_whole  # noqa: E402
+from files import write_json, write_whole  # noqa: E402
+from model import Config, Llama  # noqa: E402
 
 SEED = 0
 IS_IT_RIGHT = "\nIs this right or wrong?"
