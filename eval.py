@@ -23,6 +23,7 @@ from data import (Tokenizer, answer_ids, by_length, check_text, collate, common_
                   read_rows, read_sets, read_template)
 from files import weight_files, write_json
 from model import Config, Llama
+from scale import Int8Linear, add_up, leave, ranks
 from spul import fingerprint, load_prompt
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -39,13 +40,18 @@ def answer_hidden(model, examples, phi=None, shift=0, batch_size=32):
 
     phi (p, d): the prompt in front, if any. shift 1: one token on, what the model predicts after each answer token.
     """
-    found, front = [None] * len(examples), common_front(examples)
-    prefix = model.prefix(phi, front)
-    for indices in by_length(examples, batch_size):
+    batches, front, (rank, n) = by_length(examples, batch_size), common_front(examples), ranks()
+    found, prefix = [None] * len(examples), model.prefix(phi, front)
+    for turn in range(rank, math.ceil(len(batches) / n) * n, n):  # as many turns in every process, some for nothing
+        indices = batches[turn % len(batches)]
         batch = collate([examples[i] for i in indices], model.device, front, last=shift)
         h = model.hidden(batch.tokens, prefix, (batch.rows, batch.columns + shift))  # (N, d)
         for i, part in zip(indices, h.split([examples[i].n for i in indices])):
-            found[i] = part.clone()
+            found[i] = part.clone() if turn < len(batches) else None
+    if n > 1:  # every row was computed in one process: the others add zeros
+        found = [model.norm.weight.new_zeros(e.n, h.shape[1]) if part is None else part
+                 for e, part in zip(examples, found)]
+        add_up(found)
     return found
 
 
@@ -199,6 +205,7 @@ def add_options(parser, data=True):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                        help="auto: bf16 where the hardware multiplies it")
+    group.add_argument("--quantize", choices=["int8"], help="keep the layers' weights in int8, half of bf16's memory")
     group.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="rows (default 32, paper)")
 
 
@@ -223,17 +230,22 @@ def auto_dtype(device):
     return torch.bfloat16 if able else torch.float32
 
 
-def load_model(args):
-    """-> the frozen model and its tokenizer, on args.device in args.dtype."""
+def hardware(args):
+    """-> the device and the dtype that args ask for."""
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device).numpy(force=True)  # "meta" stops here, too
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    return device, {"auto": auto_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+
+
+def load_model(args, shard=None):
+    """-> the frozen model and its tokenizer, on args.device in args.dtype. shard: see `Llama.from_pretrained`."""
     weight_files(args.model)  # the first to say that this is no model folder
-    dtype = {"auto": auto_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    device, dtype = hardware(args)
     tokenizer = Tokenizer(args.model)
-    model = Llama.from_pretrained(args.model, dtype, device)
+    model = Llama.from_pretrained(args.model, dtype, device, Int8Linear if args.quantize else torch.nn.Linear, shard)
     if tokenizer.size > model.config.vocab_size:
         raise ValueError(f"{args.model}: a tokenizer of {tokenizer.size} ids and a model of {model.config.vocab_size} "
                          "do not belong together")
@@ -275,9 +287,11 @@ def run(main):
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
             raise  # the CPU's allocator has no exception of its own
-        status, message = 3, "out of memory: lower --batch-size or --max-length, or take --dtype bf16"
-    if message:
+        status, message = 3, ("out of memory: lower --batch-size or --max-length, or take --recompute (train.py), "
+                              "--quantize int8 or --dtype bf16")
+    if message and ranks()[0] == 0:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    leave()
     sys.exit(status)
 
 

@@ -103,6 +103,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.model:
         raise ValueError("--model DIR is missing")
+    if args.quantize:
+        raise ValueError("--quantize: memorising needs weights of 16 or 32 bit")
     template, out = read_template(args.template or "sentiment"), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is no empty folder")

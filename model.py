@@ -181,6 +181,32 @@ def attend(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class FrozenNorm(torch.autograd.Function):
+    """RMSNorm without a gradient of its weight: on a CPU, PyTorch's own backward pass takes twice as long and keeps x
+    in float32. With r = 1 / rms(x) and h = g w:  dL/dx = r (h - x r^2 mean(h x))."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        x, h, n = x.float(), g.float().mul_(weight.float()), x.shape[-1]  # (..., d), in float32 from here
+        r = torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / n + ctx.eps)  # (..., 1)
+        pull = torch.linalg.vecdot(h, x)[..., None] / n * r * r  # (..., 1)
+        return h.addcmul_(x, pull, value=-1).mul_(r).to(g.dtype), None, None
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        if x.device.type == "cpu" and not self.weight.requires_grad:
+            return FrozenNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up, keeping its two inputs for the backward pass and not silu(gate), which is computed again."""
 
@@ -196,19 +222,19 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, linear):
         super().__init__()
         d, c = config.hidden_size, config.head_dim
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         o_bias = config.attention_bias and config.model_type in ("llama", "qwen3")
         bias = o_bias or config.model_type == "qwen2"
         self.c = c
-        self.q_proj = nn.Linear(d, heads * c, bias=bias)
-        self.k_proj = nn.Linear(d, groups * c, bias=bias)
-        self.v_proj = nn.Linear(d, groups * c, bias=bias)
-        self.o_proj = nn.Linear(heads * c, d, bias=o_bias)
+        self.q_proj = linear(d, heads * c, bias=bias)
+        self.k_proj = linear(d, groups * c, bias=bias)
+        self.v_proj = linear(d, groups * c, bias=bias)
+        self.o_proj = linear(heads * c, d, bias=o_bias)
         if config.model_type == "qwen3":
-            self.q_norm, self.k_norm = nn.RMSNorm(c, config.rms_norm_eps), nn.RMSNorm(c, config.rms_norm_eps)
+            self.q_norm, self.k_norm = RMSNorm(c, config.rms_norm_eps), RMSNorm(c, config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
@@ -225,24 +251,24 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, linear):
         super().__init__()
         d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias and config.model_type == "llama"
-        self.gate_proj = nn.Linear(d, inner, bias=bias)
-        self.up_proj = nn.Linear(d, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, d, bias=bias)
+        self.gate_proj = linear(d, inner, bias=bias)
+        self.up_proj = linear(d, inner, bias=bias)
+        self.down_proj = linear(inner, d, bias=bias)
 
     def forward(self, x):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, linear):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, linear)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, linear)
 
     def forward(self, x, rope, mask, past=None, pick=None):
         """x (B, T, d) -> the layer's output (B, T, d) and all keys and values in sight, (B, G, S, c) each.
@@ -265,14 +291,18 @@ class Layer(nn.Module):
 # ----------------------------------------------------------------------------------------------------- model
 
 class Llama(nn.Module):
-    """The frozen language model. It keeps no state between calls."""
+    """The frozen language model. It keeps no state between calls.
 
-    def __init__(self, config):
+    linear: the class of the layers' projections, nn.Linear or what takes its place (`scale.Int8Linear`).
+    recompute: whether `hidden` keeps only each layer's input and computes the rest again in the backward pass.
+    """
+
+    def __init__(self, config, linear=nn.Linear):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config, linear) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -309,14 +339,14 @@ class Llama(nn.Module):
         p = prefix[0][0].shape[-2] if prefix else 0
         keys = torch.arange(p + tokens.shape[1], device=self.device)[None]  # (1, S), positions of prefix and text
         if at is None:
-            return self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix)[0]
+            return self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, keep=False)[0]
         rows, columns = at
         ordered, order = rows.sort(stable=True)
         slots = torch.empty_like(rows)  # (N,), how many of the same row come before it
         slots[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
         grid = columns.new_zeros(len(tokens), int(slots.max()) + 1)  # (B, A), each row's columns, filled up with 0
         grid[rows, slots] = columns
-        x, _ = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, grid)  # (B, A, d)
+        x, _ = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, grid, keep=False)  # (B, A, d)
         return x[rows, slots]
 
     def head(self, h):
@@ -324,11 +354,12 @@ class Llama(nn.Module):
         table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(h, table.weight).float()
 
-    def _run(self, x, queries, keys, past=None, grid=None):
+    def _run(self, x, queries, keys, past=None, grid=None, keep=True):
         """All layers. x (B, T, d) at positions queries, past and x together at positions keys: (1, T) and (1, S), or
         (B, T) and (B, S) where rows differ.
 
-        -> final-norm outputs (B, T, d), or (B, A, d) at the columns grid (B, A), and each layer's (k, v) of all keys.
+        -> final-norm outputs (B, T, d), or (B, A, d) at the columns grid (B, A), and each layer's (k, v) of all keys,
+        if they are to be kept.
         """
         inv_freq, windows = self.config.inv_freq(x.device), self.config.windows
         rope, masks = rope_table(inv_freq, queries), {w: visible(queries, keys, w, x.dtype) for w in set(windows)}
@@ -337,8 +368,9 @@ class Llama(nn.Module):
             if grid is not None and i == len(self.layers) - 1:
                 queries = queries.expand(len(x), -1).gather(1, grid)  # (B, A)
                 pick, masks = (grid, rope_table(inv_freq, queries)), {window: visible(queries, keys, window, x.dtype)}
-            x, in_sight = layer(x, rope, masks[window], past and past[i], pick)
-            kv.append(in_sight)
+            args = (x, rope, masks[window], past and past[i], pick)
+            x, in_sight = checkpoint(layer, *args, use_reentrant=False) if self.recompute and not keep else layer(*args)
+            kv += [in_sight] * keep
         return self.norm(x), kv
 
     @torch.no_grad()
@@ -375,20 +407,23 @@ class Llama(nn.Module):
     # -------------------------------------------------------------------------------------------- load and save
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", linear=nn.Linear, shard=None):
         """Load a Hugging Face folder: config.json and one or many safetensors files, every weight frozen.
 
         Tensors are mapped and moved one by one: memory holds the weights once, or, if neither dtype nor device
-        changes, only as the mapped file. Raises ValueError or OSError with the file and the reason.
+        changes, only as the mapped file. linear: see the class. shard: `scale.shard`, for a part of the weights in
+        each process. Raises ValueError or OSError with the file and the reason.
         """
         path, files = Path(path), weight_files(path)
         config = Config.from_file(path / "config.json")
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config, linear).requires_grad_(False)
+        place, pack = shard(model, dtype, device) if shard else None, getattr(linear, "pack", None)
         loaded = {}
         for file in files:
             for name, tensor in read_tensors(file):
-                loaded[name.removeprefix("model.")] = tensor.to(device, dtype)
+                name, tensor = name.removeprefix("model."), place(tensor) if place else tensor.to(device, dtype)
+                loaded |= pack(name, tensor) if pack and name.endswith("_proj.weight") else {name: tensor}
         if config.tie_word_embeddings and "lm_head.weight" in loaded:
             if not torch.equal(loaded.pop("lm_head.weight"), loaded.get("embed_tokens.weight", torch.empty(0))):
                 raise ValueError(f"{path}: lm_head.weight differs from the embedding though config.json ties them")
@@ -396,7 +431,7 @@ class Llama(nn.Module):
             model.load_state_dict(loaded, assign=True)
         except RuntimeError as e:  # names every tensor that is missing, surplus or of another shape
             raise ValueError(f"{path}: {' '.join(str(e).split())[:400]}") from None
-        return model.requires_grad_(False)
+        return model
 
     def save_pretrained(self, path):
         """Write config.json and model.safetensors, as transformers reads them; the config, which completes it, last."""

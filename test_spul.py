@@ -618,7 +618,8 @@ def test_the_losses_of_a_batch_equal_those_of_whole_rows_one_at_a_time(position)
     shift = int(position == "after-label")
     if shift:  # the last position of a row is needed, too
         examples = [dataclasses.replace(e, ids=e.ids + (9,)) for e in examples]
-    got = train.losses(llama, prompt, collate(examples, last=shift), teacher_of(llama, examples, shift), 0.7, 0.3, position)
+    teacher = teacher_of(llama, examples, shift)
+    got = train.losses(llama, prompt, collate(examples, last=shift), teacher, 0.7, 0.3, position)
     l_f, l_r, l_kl = [], [], []
     for e in examples:
         ids = torch.tensor([e.ids])

@@ -9,9 +9,11 @@ only where an answer is scored, no weight gradients, and the model without the p
 training and is kept as its final-norm outputs at the scored positions.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import signal
@@ -25,9 +27,10 @@ from tqdm import tqdm
 import spul
 from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_rows,
                   read_template, write_retain)
-from eval import (DEMO, Parser, add_options, answer_hidden, filled, label_set, load_model, measure, number, read_splits,
-                   row_limit, run, table, use_demo)
+from eval import (DEMO, Parser, add_options, answer_hidden, filled, hardware, label_set, load_model, measure, number,
+                   read_splits, row_limit, run, table, use_demo)
 from files import write_whole
+from scale import add_up, any_of, ranks, shard, start, step_memory, whole
 from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
 
 # The paper's optimizer, from the released code: AdamW, weight decay 1e-3, gradient norm clipped at 0.3, learning rate
@@ -50,11 +53,12 @@ def losses(model, prompt, batch, teacher, alpha=1.0, beta=0.5, kl_position="alig
         rows, columns = torch.cat([rows, rows[retain]]), torch.cat([columns, columns[retain] + 1])
     prefix = model.prefix(prompt(), batch.front)
     h = model.hidden(batch.tokens, prefix, (rows, columns))  # (N, d), then (N_r, d) if after the label
-    logits = model.head(h[: len(retain)])  # (N, V)
-    student = model.head(h[len(retain) :]) if kl_position == "after-label" else logits[retain]  # (N_r, V)
+    logits, known = model.head(torch.cat([h, teacher])).split([len(h), len(teacher)])  # (.., V); read the head once
+    logits, student = logits[: len(retain)], logits[len(retain) :]  # (N, V) and, after the label, (N_r, V)
+    student = student if kl_position == "after-label" else logits[retain]  # (N_r, V)
     loss_f = forget_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f)
     loss_r = retain_loss(logits[retain], batch.targets[retain], batch.n_r)
-    loss_kl = kl_loss(student, model.head(teacher), batch.n_r)
+    loss_kl = kl_loss(student, known.detach(), batch.n_r)
     return {"loss": spul_loss(loss_f, loss_r, loss_kl, alpha, beta), "loss_f": loss_f, "loss_r": loss_r,
             "loss_kl": loss_kl}
 
@@ -62,13 +66,16 @@ def losses(model, prompt, batch, teacher, alpha=1.0, beta=0.5, kl_position="alig
 def train_step(model, prompt, optimizer, batch, teacher, alpha=1.0, beta=0.5, kl_position="aligned"):
     """One update of the prompt -> the losses and the gradient's norm as floats.
 
-    Raises FloatingPointError, with the prompt as it was, if one of them is not finite.
+    With several processes each gives its own rows, and n_f and n_r of all: losses and gradients are then sums over the
+    processes. Raises FloatingPointError, with the prompt as it was, if one of them is not finite.
     """
     terms = losses(model, prompt, batch, teacher, alpha, beta, kl_position)
     optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
+    sums = torch.stack([t.detach() for t in terms.values()])
+    add_up([sums, *(parameter.grad for parameter in prompt.parameters())])  # over processes, each with its rows
     norm = torch.nn.utils.clip_grad_norm_(prompt.parameters(), CLIP)
-    values = torch.stack([*(t.detach() for t in terms.values()), norm]).tolist()
+    values = [*sums.tolist(), norm.item()]
     report = dict(zip([*terms, "grad_norm"], values))
     bad = [name for name, value in report.items() if not math.isfinite(value)]
     if bad:
@@ -118,28 +125,35 @@ def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch
     optimizer, start = make_optimizer(prompt, lr), 0
     plan = [batch for epoch in range(epochs)
             for batch in epoch_batches(examples, batch_size, seed, epoch, forget_per_batch)]
-    per_epoch, front = len(plan) // epochs, common_front(examples)
+    per_epoch, front, (rank, n) = len(plan) // epochs, common_front(examples), ranks()
     if resume:
         start = spul.read_run(out)[0]
         spul.load_state(out, prompt, optimizer)
     log_file = out / "log.jsonl"  # cut back to where the state is
     lines = log_file.read_text().splitlines(keepends=True)[:start] if start else []
-    write_whole(log_file, lambda temporary: temporary.write_text("".join(lines)))
-    with open(log_file, "a") as log, interrupt() as stopping, tqdm(
-            total=len(plan), initial=start, unit="step", desc="forgetting", mininterval=0.5) as bar:
+    if rank == 0:
+        write_whole(log_file, lambda temporary: temporary.write_text("".join(lines)))
+    with open(os.devnull if rank else log_file, "a") as log, interrupt() as stopping, tqdm(
+            total=len(plan), initial=start, unit="step", desc="forgetting", mininterval=0.5, disable=rank > 0) as bar:
 
         def save(step):
             log.flush()
-            spul.save_state(out, prompt, optimizer, step, description)
+            if rank == 0:
+                spul.save_state(out, prompt, optimizer, step, description)
 
         for step in range(start, len(plan)):
             began, indices = time.perf_counter(), plan[step]
-            batch = collate([examples[i] for i in indices], model.device, front, last=kl_position == "after-label")
+            mine = indices[rank::n] or indices[:1]  # a process without a row takes one that counts for nothing
+            batch = collate([examples[i] for i in mine], model.device, front, last=kl_position == "after-label")
+            n_f = sum(examples[i].forget for i in indices)
+            n_f, n_r = (n_f, len(indices) - n_f) if rank < len(indices) else (math.inf, math.inf)
+            batch = dataclasses.replace(batch, n_f=n_f, n_r=n_r)
             rate = optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan), lr)
-            known = [teacher[i] for i in indices if not examples[i].forget]
+            known = [teacher[i] for i in mine if not examples[i].forget]
             try:
                 report = train_step(model, prompt, optimizer, batch,
-                                    torch.cat(known) if known else model.embed_tokens.weight[:0],
+                                    torch.cat(known) if known else torch.zeros(
+                                        0, model.config.hidden_size, dtype=model.dtype, device=model.device),
                                     alpha, beta, kl_position)
             except FloatingPointError as e:
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):
@@ -152,14 +166,30 @@ def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch
             bar.update()
             bar.set_postfix_str(" ".join(f"{name} {report[name]:.3f}" for name in
                                          ("loss", "loss_f", "loss_r", "loss_kl")), refresh=False)
-            if stopping() or (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
+            stop = any_of(stopping(), model.device) if n > 1 else stopping()
+            if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
                 save(step + 1)
-                if stopping():
+                if stop:
                     raise KeyboardInterrupt(f"stopped after step {step + 1} of {len(plan)}, saved in {out}: the same "
                                             "command with --resume goes on")
 
 
 # ------------------------------------------------------------------------------------------------- the command
+
+
+def add_scale_options(parser):
+    """The options for large models and for speed that train.py and bench.py share."""
+    group = parser.add_argument_group("large models")
+    group.add_argument("--recompute", action="store_true",
+                       help="keep a layer's input only and compute the rest again: far less memory, a third more time")
+    group.add_argument("--compile", action="store_true", help="torch.compile the layers: a minute first, then faster")
+    return group
+
+
+def apply_scale_options(model, args):
+    model.recompute = args.recompute
+    for layer in model.layers if args.compile else []:
+        layer.compile(dynamic=True)  # all layers share what is compiled
 
 
 def run_files(out):
@@ -217,6 +247,8 @@ def parse(argv):
     group.add_argument("--out", type=filled, metavar="DIR", help="the prompt's folder (default prompt, or demo/prompt)")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group = add_scale_options(parser)
+    group.add_argument("--shard", action="store_true", help="with torchrun: each process keeps a part of the weights")
     args = parser.parse_args(argv)
     demo = use_demo(args)
     for name in ("model", "forget"):
@@ -238,6 +270,8 @@ def read_data(args):
     for rows in splits.values():
         check_generic(rows, args.generic)
     check_disjoint(splits["train forget"], splits.get("train retain", []))
+    if "train retain" not in splits and ranks()[1] > 1:
+        raise ValueError("--retain FILE is missing: several processes do not write a retain set; one does")
     if "train retain" not in splits and splits["train forget"][0].raw:
         raise ValueError("--retain FILE is missing: rows of prompt and completion have no template for the model to "
                          "write a retain set with")
@@ -254,31 +288,44 @@ def written_retain(args, forget, model, tokenizer, file):
                         row_limit(args, args.num_tokens), args.seed)
 
 
-def describe(args, demo, model, prompt, forget, retain, cut, steps):
-    phi, table_ = prompt(), model.embed_tokens.weight
+def describe(args, demo, model, prompt, table, forget, retain, cut, steps):
+    """What is going to be done, in lines of text. table: the token embeddings (V, d)."""
+    phi, examples, (_, n), text = prompt(), forget + retain, ranks(), ""
     trainable, frozen = (sum(t.numel() for t in m.parameters()) for m in (prompt, model))
     kind = f"encoder of width {args.encoder_hidden}" if args.encoder_hidden else "free vectors"
-    tokens = [len(e.ids) for e in forget + retain]
+    tokens = [len(e.ids) for e in examples]
     if demo:
-        print("No --model: this is the bundled demo, a tiny model that knows film reviews, science and some made-up "
-              "authors.\nIt is asked to forget the authors.")
-    print(f"model    {args.model}: {model.config.model_type}, {frozen:,} parameters, all frozen\n"
+        text = ("No --model: this is the bundled demo, a tiny model that knows film reviews, science and some made-up "
+                "authors.\nIt is asked to forget the authors.\n")
+    rows, front = -(-args.batch_size // n), len(common_front(examples))
+    weights = sum(t.numel() * t.dtype.itemsize for t in model.parameters()) / (n if args.shard else 1)
+    step = step_memory(model, rows, max(tokens) - front, len(phi) + front, rows * max(e.n for e in examples))
+    return text + (
+          f"model    {args.model}: {model.config.model_type}, {frozen:,} parameters, all frozen\n"
           f"prompt   {phi.shape[0]} x {phi.shape[1]}, {kind}: {trainable:,} trainable ({100 * trainable / frozen:.3g} "
-          f"%); std {phi.std():.2g}, token embeddings {table_[:65536].float().std():.2g}\n"
+          f"%); std {phi.std():.2g}, token embeddings {table[:65536].float().std():.2g}\n"
           f"rows     {len(forget)} to forget, {len(retain)} to keep; {sum(tokens):,} tokens an epoch, "
           f"longest {max(tokens)}, {cut} texts cut\n"
-          f"run      {str(model.dtype)[6:]} on {model.device}, {steps} steps in {args.epochs} epochs, lr {args.lr:g}, "
-          f"alpha {args.alpha:g}, beta {args.beta:g}, seed {args.seed} -> {args.out}", flush=True)
+          f"memory   about {(weights + step) / 1e9:.2g} GB{' in each process' * (n > 1)}: weights {weights / 1e9:.2g}, "
+          f"a step on the longest rows {step / 1e9:.2g}\n"
+          f"run      {str(model.dtype)[6:]} on {model.device}{f', {n} processes' * (n > 1)}, {steps} steps in "
+          f"{args.epochs} epochs, lr {args.lr:g}, alpha {args.alpha:g}, beta {args.beta:g}, seed {args.seed} -> "
+          f"{args.out}")
 
 
 def main(argv=None):
     args, demo = parse(argv)
+    args.device = start(hardware(args)[0])
+    (rank, n), say = ranks(), print if ranks()[0] == 0 else lambda *_, **__: None
+    if args.shard and (n == 1 or args.quantize or args.compile):
+        raise ValueError("--shard needs several processes (torchrun), and goes with neither --quantize nor --compile")
     out, going_on, splits = Path(args.out), check_out(args), read_data(args)
     if going_on == "finished":
-        print(f"{out} is finished already; nothing to do")
+        say(f"{out} is finished already; nothing to do")
         return
     base_sha256 = spul.fingerprint(args.model)
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args, shard if args.shard else None)
+    apply_scale_options(model, args)
     written = "train retain" not in splits
     if written:
         splits["train retain"] = written_retain(args, splits["train forget"], model, tokenizer, out / "retain.jsonl")
@@ -293,11 +340,11 @@ def main(argv=None):
     examples = forget + retain
 
     torch.manual_seed(args.seed)
-    prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden,
-                        model.embed_tokens.weight).to(model.device)
+    embeddings = whole(model.embed_tokens.weight)
+    prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden, embeddings).to(model.device)
     options = {name: getattr(args, name) for name in (
         "num_tokens", "encoder_hidden", "alpha", "beta", "kl_position", "generic", "lr", "epochs", "batch_size",
-        "forget_per_batch", "max_length", "template", "seed")} | {"dtype": str(model.dtype)}
+        "forget_per_batch", "max_length", "template", "seed", "quantize")} | {"dtype": str(model.dtype)}
     description = {"base_sha256": base_sha256, "options": options,
                    "data_sha256": hashlib.sha256(repr(examples).encode()).hexdigest()}
     if going_on == "resume":
@@ -308,7 +355,8 @@ def main(argv=None):
                         if earlier[key] != description[key]]
             raise ValueError(f"--resume: not the run that was started in {out}: {', '.join(changed)} changed")
     steps = args.epochs * len(epoch_batches(examples, args.batch_size, args.seed, 0, args.forget_per_batch))
-    describe(args, demo, model, prompt, forget, retain, cut + true["train retain"][1], steps)
+    cut += true["train retain"][1]
+    say(describe(args, demo, model, prompt, embeddings, forget, retain, cut, steps), flush=True)
 
     # The model as it was: measured, and at the retain answers kept as L_kl's teacher.
     how = dict(labels=labels, generic=args.generic, batch_size=args.batch_size)
@@ -319,7 +367,7 @@ def main(argv=None):
         hidden = answer_hidden(model, retain, shift=1, batch_size=args.batch_size)
     teacher = dict(enumerate(hidden, start=len(forget)))
 
-    if going_on == "new":  # all input is good: only now make room
+    if going_on == "new" and rank == 0:  # all input is good, and all processes have been there: only now make room
         out.mkdir(parents=True, exist_ok=True)
         for file in run_files(out):
             file.unlink(missing_ok=True)
@@ -333,6 +381,8 @@ def main(argv=None):
         forget_per_batch=args.forget_per_batch, resume=going_on == "resume")
     phi = prompt().detach()
     after = {name: measure(model, tokenizer, rows, phi=phi, **how) for name, (rows, _) in true.items()}
+    if rank:
+        return
     print(table(before, after))
     spul.save_prompt(out, phi, model.config, {
         "model": args.model, "base_sha256": base_sha256, "generic": args.generic,
