@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data import Example, by_length, collate, common_front, make_examples, read_rows, read_template
+from data import Example, collate, common_front, epoch_batches, make_examples, read_rows, read_template
 from eval import DEMO, Parser, add_options, answer_hidden, filled, hardware, load_model, number, row_limit, run
 from files import write_json
 from model import Config, Llama
@@ -62,15 +62,17 @@ def random_rows(n, tokens, vocabulary):
 
 
 def rows_of(args, model, tokenizer):
-    """One row in 32 is to be forgotten, as in the paper's SST-2."""
-    n = args.batch_size * args.batches
+    """-> Examples, one in 32 to be forgotten as in the paper's SST-2, and some of an epoch's batches of them."""
     if args.data:
         rows = read_rows(args.data)
         examples, _ = make_examples(rows, tokenizer, read_template(args.template or "sentiment"), row_limit(args, 50))
-        examples = [examples[i % len(examples)] for i in range(n)]
     else:
-        examples = random_rows(n, args.tokens, model.config.vocab_size)
-    return [Example(e.ids, e.n, e.label, i % 32 == 0) for i, e in enumerate(examples)]
+        examples = random_rows(args.batch_size * args.batches, args.tokens, model.config.vocab_size)
+    examples = [Example(e.ids, e.n, e.label, i % 32 == 0) for i, e in enumerate(examples)]
+    batches = [b for b in epoch_batches(examples, args.batch_size, 0, 0) if len(b) == args.batch_size]
+    if not batches:
+        raise ValueError(f"{args.data}: {len(examples)} rows are no batch of {args.batch_size}: lower --batch-size")
+    return examples, batches[: args.batches]
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -202,10 +204,10 @@ def theirs(model, examples, batches, p, teacher, checkpointing):
 # -------------------------------------------------------------------------------------------------- the parts
 
 
-def training(model, examples, args, peers):
+def training(model, examples, batches, args, peers):
     """Part 1 and 2 -> {name: figures} of a step on these rows, by ours and by theirs, and the peak in FLOP/s."""
     device, config = model.device, model.config
-    batches = by_length(examples, args.batch_size)
+    rows = [examples[i] for b in batches for i in b]
     teacher = answer_hidden(model, examples, batch_size=args.batch_size)
     works = {f"spul, p = {p}": ours(model, examples, batches, p, teacher) for p in (10, 30, 50)}
     if peers:
@@ -217,11 +219,11 @@ def training(model, examples, args, peers):
     x = torch.randn(size, size, device=device).to(model.dtype)
     times = take_turns({**works, "peak": lambda: [x @ x for _ in range(5)]}, args.rounds, device)
     peak = 5 * 2 * size**3 / times.pop("peak")
-    tokens, scored = sum(len(e.ids) for e in examples), sum(e.n for e in examples)
+    tokens, scored = sum(len(e.ids) for e in rows), sum(e.n for e in rows)
     weights = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     flops = 4 * weights * tokens + 4 * config.hidden_size * config.vocab_size * scored
     bytes_ = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
-    return {name: {"examples/s": len(examples) / t, "tokens/s": tokens / t, "TFLOP/s": flops / t / 1e12,
+    return {name: {"examples/s": len(rows) / t, "tokens/s": tokens / t, "TFLOP/s": flops / t / 1e12,
                    "of peak": flops / t / peak, "peak GB": (bytes_ + growth[name]) / 1e9, "loss": losses[name]}
             for name, t in times.items()}, peak
 
@@ -319,7 +321,7 @@ def main(argv=None):
     loading = {"loading": {"seconds": time.perf_counter() - began, "weights GB": weights / 1e9,
                            "host GB": (proc_status("RssAnon") - before) / 1e9}}
     apply_scale_options(model, args)
-    examples = rows_of(args, model, tokenizer)
+    examples, batches = rows_of(args, model, tokenizer)
     peers, versions = False, {"python": platform.python_version(), "torch": torch.__version__}
     if not (args.no_peers or args.quantize):  # transformers has no weights of this kind
         try:
@@ -330,21 +332,22 @@ def main(argv=None):
             print("transformers and peft are not installed: ours alone (pip install transformers peft)")
     name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else \
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    lengths = [len(e.ids) for e in examples]
-    front, last = len(common_front(examples)), 1
+    lengths = [[len(examples[i].ids) for i in b] for b in batches]
+    rows, left_out = sum(map(len, lengths)), len(common_front(examples)) + 1  # what all begin with, and the last token
+    tokens, computed = (sum(map(f, lengths)) / rows for f in (sum, lambda b: len(b) * (max(b) - left_out)))
     facts = {"model": args.random or args.model, "device": name, "dtype": str(dtype)[6:], "batch": args.batch_size,
-             "date": datetime.date.today().isoformat(), "tokens a row": sum(lengths) / len(lengths),
-             "computed a row": sum(lengths) / len(lengths) - front - last, "versions": versions,
+             "date": datetime.date.today().isoformat(), "tokens a row": tokens, "computed a row": computed,
+             "versions": versions,
              "options": [name for name in ("recompute", "compile", "quantize") if getattr(args, name)]}
-    print(f"{facts['model']}, {facts['dtype']}, {name}; {len(examples)} rows in batches of {args.batch_size}, "
-          f"{facts['tokens a row']:.1f} tokens each, {facts['computed a row']:.1f} of them computed\n"
+    print(f"{facts['model']}, {facts['dtype']}, {name}; {rows} rows in batches of {args.batch_size}, "
+          f"{tokens:.1f} tokens a row, {computed:.1f} computed (padding, too)\n"
           + " ".join(f"{key} {value}" for key, value in versions.items()) + "\n", flush=True)
-    steps, peak = training(model, examples, args, peers)
+    steps, peak = training(model, examples, batches, args, peers)
     base = steps["spul, p = 30"]["examples/s"]
     for figures in steps.values():
         figures["ratio"] = figures["examples/s"] / base
     print(lines(f"training step (peak {peak / 1e12:.3g} TFLOP/s)", steps), flush=True)
-    queries = inference(model, examples, args)
+    queries = inference(model, [examples[i] for i in batches[0]], args)
     print(lines("inference", queries) + "\n" + lines("loading", loading), flush=True)
     if args.json:
         write_json(args.json, {**facts, "peak TFLOP/s": peak / 1e12, "training": steps, "inference": queries,

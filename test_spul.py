@@ -24,9 +24,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import bench
 import data
 import eval as evaluate
 import finetune
+import model
+import scale
 import spul
 import train
 from data import (Row, Tokenizer, collate, epoch_batches, make_example, make_examples, read_rows, read_sets,
@@ -909,7 +912,8 @@ def test_the_same_seed_gives_the_same_prompt_and_another_another(folder, files, 
 
 @pytest.mark.parametrize("options", [["--encoder-hidden", 0, "--lr", "0.1"], ["--kl-position", "after-label"],
                                      ["--forget-per-batch", 3], ["--dtype", "bf16"], ["--alpha", 0, "--beta", 0],
-                                     ["--generic", "None"], ["--template", "question"], ["--max-length", 32]], ids=str)
+                                     ["--generic", "None"], ["--template", "question"], ["--max-length", 32],
+                                     ["--recompute"], ["--quantize", "int8"]], ids=str)
 def test_every_option_trains(options, folder, files, tmp_path):
     assert call(train, *train_args(folder, files, tmp_path / "p", *options)) == 0
     assert phi_of(tmp_path / "p").isfinite().all()
@@ -1242,6 +1246,207 @@ def test_the_demo_forgets_people_and_keeps_the_rest(tmp_path):
     assert results["without"]["train forget"]["accuracy"] > 0.95 < results["without"]["train retain"]["accuracy"]
     assert gain("train forget") <= -0.5 and gain("train retain") >= -0.1
     assert {"test forget", "test retain"} <= set(results["with"])
+
+# --------------------------------------------------------------------------------------- speed, memory, many processes
+
+
+def test_both_ways_to_attend_agree(monkeypatch):
+    """Plain products, for few keys on a CPU, and the fused kernel: outputs, and the gradient through the prefix."""
+    llama, tokens, found = tiny(num_key_value_heads=2), tokens_of(3, 8), []
+    for few in (model.FEW, 0):
+        monkeypatch.setattr(model, "FEW", few)
+        phi = vectors(4)
+        out = llama.hidden(tokens, llama.prefix(phi))
+        out.square().sum().backward()
+        found.append((out.detach(), phi.grad))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_frozen_norm_and_swiglu_have_the_gradients_of_their_formulas():
+    x, gate, up, w = (torch.randn(5, 16, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    norm = model.RMSNorm(16, 1e-5).requires_grad_(False)
+    norm.weight.copy_(w[0])
+    by_hand = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[0]
+    swiglu = lambda gate, up: gate / (1 + (-gate).exp()) * up
+    for f, g, inputs in [(norm, by_hand, [x]), (model.SwiGLU.apply, swiglu, [gate, up])]:
+        inputs = [t.requires_grad_() for t in inputs]
+        torch.testing.assert_close(f(*inputs), g(*inputs))
+        weigh = torch.randn(5, 16)
+        torch.testing.assert_close(torch.autograd.grad((f(*inputs) * weigh).sum(), inputs),
+                                   torch.autograd.grad((g(*inputs) * weigh).sum(), inputs))
+
+
+def test_the_common_front_ends_before_the_first_position_that_predicts_an_answer():
+    example = lambda ids, n: data.Example(tuple(ids), n, "", False)
+    assert data.common_front([example([1, 2, 3, 4], 1), example([1, 2, 5, 4], 1)]) == (1, 2)
+    assert data.common_front([example([1, 2, 3, 4], 1), example([1, 2, 3], 1)]) == (1,)  # 2 predicts 3
+    assert data.common_front([example([1, 2, 3, 4], 2)]) == (1,)
+    assert data.common_front([example([1, 2, 3], 1), example([9, 2, 3], 1)]) == ()
+
+
+@pytest.mark.parametrize("position", ["aligned", "after-label"])
+def test_a_front_that_all_rows_share_changes_no_loss_and_no_gradient(position):
+    llama, prompt = tiny(), SoftPrompt(4, 32, 8)
+    examples = [dataclasses.replace(e, ids=(7, 8, 9) + e.ids) for e in small_batch(2, 3)]
+    teacher, found = teacher_of(llama, examples, int(position == "after-label")), []
+    for front in ((), (7, 8, 9)):
+        batch = collate(examples, front=front, last=position == "after-label")
+        terms = train.losses(llama, prompt, batch, teacher, 1.0, 0.5, position)
+        prompt.zero_grad()
+        terms["loss"].backward()
+        found.append([*(t.detach() for t in terms.values()), *(q.grad.clone() for q in prompt.parameters())])
+    assert batch.tokens.shape[1] == max(len(e.ids) for e in examples) - 3 - (position == "aligned")
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)
+
+
+def kept(llama, work):
+    """Bytes that work() keeps for its backward pass, the weights apart, and the dtypes of all it keeps by shape."""
+    weights = {p.untyped_storage().data_ptr() for p in llama.parameters()}
+    tensors = []
+
+    def note(t):
+        tensors.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        work()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(n for where, n in storages.items() if where not in weights), {(t.shape, t.dtype) for t in tensors}
+
+
+def test_recomputing_keeps_less_and_changes_nothing():
+    llama, phi, tokens, found = tiny(), vectors(4), tokens_of(8, 24), []
+    at = (torch.arange(8), torch.full((8,), 23))
+    for recompute in (False, True):
+        llama.recompute, phi.grad = recompute, None
+        out = []
+        size, _ = kept(llama, lambda: out.append(llama.head(llama.hidden(tokens, llama.prefix(phi), at))))
+        out[0].square().sum().backward()
+        found.append((size, out[0].detach(), phi.grad))
+    assert found[1][0] < 0.4 * found[0][0]
+    torch.testing.assert_close(found[0][1:], found[1][1:])
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_memory_of_a_step_is_told_in_advance(recompute, dtype):
+    llama, prompt = tiny(hidden_size=64, num_hidden_layers=8, vocab_size=64).to(dtype), SoftPrompt(8, 64, 8)
+    llama.recompute = recompute
+    batch = collate([data.Example(tuple(tokens_of(1, 40, i)[0].remainder(64).tolist()), 1, "", False)
+                     for i in range(16)])
+    size, _ = kept(llama, lambda: train.losses(llama, prompt, batch, torch.zeros(16, 64, dtype=dtype)))
+    told = scale.step_memory(llama, *batch.tokens.shape, 8, 16)
+    # with recompute it tells, too, what one layer of the eight needs while it is computed again
+    assert 0.8 * size < told < (3 if recompute else 1.25) * size
+
+
+def test_int8_weights_are_nearest_and_their_product_is_that_of_the_dequantised():
+    weight, x = torch.randn(24, 16), torch.randn(5, 16, requires_grad=True)
+    packed = scale.Int8Linear.pack("a.weight", weight)
+    back = packed["a.weight"].float() * packed["a.scale"][:, None]
+    assert packed["a.weight"].dtype == torch.int8 and packed["a.weight"].abs().amax(dim=1).eq(127).all()
+    assert ((back - weight).abs() <= packed["a.scale"][:, None] * 0.5001).all()
+    layer = scale.Int8Linear(16, 24)
+    layer.load_state_dict({"weight": packed["a.weight"], "scale": packed["a.scale"], "bias": torch.ones(24)})
+    weigh = torch.randn(5, 24)
+    grads = []
+    for y in (layer(x), x @ back.T + 1):
+        grads.append((y, *torch.autograd.grad((y * weigh).sum(), x)))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_an_int8_model_keeps_no_cast_weight_and_says_nearly_the_same(folder):
+    llama, packed = (Llama.from_pretrained(folder, linear=linear) for linear in (torch.nn.Linear, scale.Int8Linear))
+    tokens, phi = tokens_of(2, 9), vectors(4)
+    _, tensors = kept(packed, lambda: packed.hidden(tokens, packed.prefix(phi)))
+    shapes = {p.shape for p in packed.layers.parameters() if p.dtype == torch.int8}
+    assert shapes and all(dtype == torch.int8 for shape, dtype in tensors if shape in shapes)
+    h, q = (m.hidden(tokens, m.prefix(phi)).detach() for m in (llama, packed))
+    assert not torch.equal(h, q)
+    assert F.cosine_similarity(h, q, dim=-1).min() > 0.99
+
+
+def torchrun(n, *args):
+    return python("-m", "torch.distributed.run", f"--nproc_per_node={n}", "train.py", *args,
+                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def logged(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", [[], ["--shard"]], ids=["", "shard"])
+def test_two_processes_give_the_losses_of_one(how, folder, files, tmp_path):
+    """Batches of 3 in 2 processes, the last of one row: one process has none there."""
+    options = ["--batch-size", 3, "--epochs", 1, "--dtype", "fp32"]
+    assert call(train, *train_args(folder, files, tmp_path / "one", *options)) == 0
+    result = torchrun(2, *train_args(folder, files, tmp_path / "two", *options), *how)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("train retain") == 1 and "2 processes" in result.stdout
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(one) == len(two) and any(a["n_f"] + a["n_r"] == 1 for a in one)
+    for a, b in zip(one, two):
+        for name in ("loss", "loss_f", "loss_r", "loss_kl", "grad_norm", "n_f", "n_r"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4)
+    torch.testing.assert_close(phi_of(tmp_path / "one"), phi_of(tmp_path / "two"), atol=1e-3, rtol=1e-2)
+    tables = [spul.load_prompt(tmp_path / name)[1]["results"] for name in ("one", "two")]
+    assert tables[0]["without"]["train retain"] == pytest.approx(tables[1]["without"]["train retain"], rel=1e-4)
+
+
+def test_a_run_of_one_process_is_resumed_by_two(folder, files, tmp_path):
+    options = ["--batch-size", 4, "--epochs", 60, "--dtype", "fp32"]
+    assert call(train, *train_args(folder, files, tmp_path / "whole", *options)) == 0
+    args = [str(a) for a in train_args(folder, files, tmp_path / "p", *options)]
+    process = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    kill_when(process, tmp_path / "p" / "log.jsonl", 60, signal.SIGKILL)
+    result = torchrun(2, *args, "--resume")
+    assert result.returncode == 0, result.stderr
+    whole, resumed = logged(tmp_path / "whole"), logged(tmp_path / "p")
+    assert [line["step"] for line in whole] == [line["step"] for line in resumed]
+    assert whole[-1]["loss"] == pytest.approx(resumed[-1]["loss"], rel=0.05)
+
+
+def test_several_processes_refuse_what_they_do_not_do(folder, files, tmp_path, capsys):
+    assert call(train, *train_args(folder, files, tmp_path / "p", "--shard")) == 2
+    assert re.search(r"--shard needs several processes \(torchrun\)", capsys.readouterr().err)
+    result = torchrun(2, "--model", folder, "--forget", files["forget"], "--out", tmp_path / "p")
+    assert result.stderr.count("--retain FILE is missing: several processes") == 1 and not (tmp_path / "p").exists()
+
+
+def test_running_out_of_memory_ends_with_status_3_and_says_what_to_change(monkeypatch, folder, files, tmp_path, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train_step", full)
+    assert call(train, *train_args(folder, files, tmp_path / "p")) == 3
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory" in line and "--recompute" in line and "--quantize int8" in line and "--batch-size" in line
+
+
+def test_the_benchmark_takes_the_same_step_as_transformers_and_peft(tmp_path):
+    """Its table, and that both sides start from the same loss: an independent computation of the whole loss."""
+    result = command("bench.py", "--dtype", "fp32", "--rounds", "1", "--batches", "1", "--json", tmp_path / "b.json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "b.json").read_text())
+    steps = found["training"]
+    assert len(steps) == 5 and {"torch", "peft", "transformers"} <= set(found["versions"])
+    mine, plain, checkpointing = (steps[name]["loss"] for name in steps if "10" not in name and "50" not in name)
+    assert mine == pytest.approx(plain, rel=1e-4) == pytest.approx(checkpointing, rel=1e-4)
+    for words in ("training step (peak", "prefix computed once", "prompt concatenated", "loading", "of peak"):
+        assert words in result.stdout
+    assert all(0 < figures["of peak"] < 2 for figures in steps.values())
+
+
+def test_the_benchmark_makes_models_of_known_shapes():
+    for name, millions in [("7b", 6738), ("13b", 13016), ("1b", 1236), ("135m", 135)]:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in Llama(bench.SHAPES[name]).parameters())
+        assert round(count / 1e6) == pytest.approx(millions, abs=1)
+    config = Config(**CONFIG)
+    for linear in (torch.nn.Linear, scale.Int8Linear):
+        llama = bench.random_model(config, torch.bfloat16, "cpu", linear)
+        assert llama(tokens_of(1, 5)).isfinite().all()
 
 
 def test_importing_a_script_does_nothing():
