@@ -1460,7 +1460,7 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(python [^`\n]+)`", text)
-    commands = [shlex.split(line) for line in lines if re.match(r"python (train|eval|finetune)\.py", line)]
+    commands = [shlex.split(line) for line in lines if re.match(r"python (train|eval|finetune|bench)\.py", line)]
     assert len(commands) >= 6
     (tmp_path / "data.jsonl").write_text(Path(files["forget"]).read_text())
     for _, script, *args in commands:
@@ -1469,8 +1469,9 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
                 args[i] = files[Path(arg).stem]
             if args[i - 1] == "--model":
                 args[i] = folder
-        fast = {"train.py": ["--epochs", 1, "--write-retain", 8], "finetune.py": ["--epochs", 1], "eval.py": []}[script]
-        if script != "eval.py":
+        fast = {"train.py": ["--epochs", 1, "--write-retain", 8], "finetune.py": ["--epochs", 1], "eval.py": [],
+                "bench.py": ["--rounds", 1, "--batches", 1, "--batch-size", 4]}[script]
+        if script in ("train.py", "finetune.py"):
             for out in ("prompt", "memorised"):
                 shutil.rmtree(tmp_path / out, ignore_errors=True)
         done = command(script, *args, *fast, cwd=tmp_path)
@@ -1479,6 +1480,6 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
 
 def test_the_readme_names_only_options_that_exist():
     text = (ROOT / "README.md").read_text()
-    known = "".join((ROOT / name).read_text() for name in ("train.py", "eval.py", "finetune.py"))
-    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"no-deps"}  # pip's
+    known = "".join((ROOT / name).read_text() for name in ("train.py", "eval.py", "finetune.py", "bench.py"))
+    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"no-deps", "nproc"}  # pip's and torchrun's
     assert len(names) > 10 and not [n for n in names if f'--{n}"' not in known and f'"{n}"' not in known]
