@@ -188,6 +188,7 @@ def add_scale_options(parser):
 
 def apply_scale_options(model, args):
     model.recompute = args.recompute
+    torch._dynamo.config.recompile_limit = 64  # first, last and other layers, with and without a prefix or a gradient
     for layer in model.layers if args.compile else []:
         layer.compile(dynamic=True)  # all layers share what is compiled
 
