@@ -1330,14 +1330,14 @@ def test_recomputing_keeps_less_and_changes_nothing():
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_memory_of_a_step_is_told_in_advance(recompute, dtype):
-    llama, prompt = tiny(hidden_size=64, num_hidden_layers=8, vocab_size=64).to(dtype), SoftPrompt(8, 64, 8)
+    llama, prompt = tiny(hidden_size=64, intermediate_size=128, num_hidden_layers=8, vocab_size=64).to(dtype), SoftPrompt(8, 64, 8)
     llama.recompute = recompute
     batch = collate([data.Example(tuple(tokens_of(1, 40, i)[0].remainder(64).tolist()), 1, "", False)
                      for i in range(16)])
     size, _ = kept(llama, lambda: train.losses(llama, prompt, batch, torch.zeros(16, 64, dtype=dtype)))
     told = scale.step_memory(llama, *batch.tokens.shape, 8, 16)
     # with recompute it tells, too, what one layer of the eight needs while it is computed again
-    assert 0.8 * size < told < (3 if recompute else 1.25) * size
+    assert 0.9 * size < told < (3 if recompute else 1.2) * size
 
 
 def test_int8_weights_are_nearest_and_their_product_is_that_of_the_dequantised():
@@ -1377,8 +1377,9 @@ def logged(out):
 
 @pytest.mark.parametrize("how", [[], ["--shard"]], ids=["", "shard"])
 def test_two_processes_give_the_losses_of_one(how, folder, files, tmp_path):
-    """Batches of 3 in 2 processes, the last of one row: one process has none there."""
-    options = ["--batch-size", 3, "--epochs", 1, "--dtype", "fp32"]
+    """52 rows in batches of 17, the last of one row: one process has none there. Nor has it a third of three batches of
+    40 retain rows for the teacher."""
+    options = ["--batch-size", 17, "--epochs", 4, "--dtype", "fp32"]
     assert call(train, *train_args(folder, files, tmp_path / "one", *options)) == 0
     result = torchrun(2, *train_args(folder, files, tmp_path / "two", *options), *how)
     assert result.returncode == 0, result.stderr
