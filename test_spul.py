@@ -1330,7 +1330,8 @@ def test_recomputing_keeps_less_and_changes_nothing():
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_memory_of_a_step_is_told_in_advance(recompute, dtype):
-    llama, prompt = tiny(hidden_size=64, intermediate_size=128, num_hidden_layers=8, vocab_size=64), SoftPrompt(8, 64, 8)
+    llama = tiny(hidden_size=64, intermediate_size=128, num_hidden_layers=8, vocab_size=64)
+    prompt = SoftPrompt(8, 64, 8)
     llama.to(dtype).recompute = recompute
     batch = collate([data.Example(tuple(tokens_of(1, 40, i)[0].remainder(64).tolist()), 1, "", False)
                      for i in range(16)])
