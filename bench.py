@@ -336,8 +336,8 @@ def main(argv=None):
     rows, left_out = sum(map(len, lengths)), len(common_front(examples)) + 1  # what all begin with, and the last token
     tokens, computed = (sum(map(f, lengths)) / rows for f in (sum, lambda b: len(b) * (max(b) - left_out)))
     facts = {"model": args.random or Path(args.model).name, "device": name, "dtype": str(dtype)[6:],
-             "batch": args.batch_size, "date": datetime.date.today().isoformat(), "tokens a row": tokens, "computed a row": computed,
-             "versions": versions,
+             "batch": args.batch_size, "date": datetime.date.today().isoformat(), "tokens a row": tokens,
+             "computed a row": computed, "versions": versions,
              "options": [name for name in ("recompute", "compile", "quantize") if getattr(args, name)]}
     print(f"{facts['model']}, {facts['dtype']}, {name}; {rows} rows in batches of {args.batch_size}, "
           f"{tokens:.1f} tokens a row, {computed:.1f} computed (padding, too)\n"
