@@ -91,13 +91,6 @@ def median(values):
     return sorted(values)[len(values) // 2]
 
 
-def memory_now(device):
-    """Bytes in use: allocated on the CUDA device, or this process's memory that belongs to no file."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return proc_status("RssAnon")
-
-
 def proc_status(name):
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -108,8 +101,8 @@ def proc_status(name):
 
 def peak_growth(work, device):
     """By how many bytes work() raises the memory in use at its highest."""
-    before = memory_now(device)
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
@@ -273,7 +266,7 @@ def inference(model, examples, args, p=30):
 
 
 def lines(title, table):
-    """A table {name: {column: value}} as text; values under 1 in columns named so are shares."""
+    """A table {name: {column: value}} as text."""
     columns = list(dict.fromkeys(column for figures in table.values() for column in figures))
     show = {"of peak": "{:.1%}".format, "loss": "{:.4f}".format, "peak GB": "{:.2f}".format, "ratio": "{:.2f}".format}
     out = [f"{title:38}" + "".join(f"{column:>14}" for column in columns)]

@@ -166,7 +166,7 @@ def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch
             bar.update()
             bar.set_postfix_str(" ".join(f"{name} {report[name]:.3f}" for name in
                                          ("loss", "loss_f", "loss_r", "loss_kl")), refresh=False)
-            stop = any_of(stopping(), model.device) if n > 1 else stopping()
+            stop = any_of(stopping(), model.device)
             if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == len(plan):
                 save(step + 1)
                 if stop:
@@ -188,9 +188,10 @@ def add_scale_options(parser):
 
 def apply_scale_options(model, args):
     model.recompute = args.recompute
-    torch._dynamo.config.recompile_limit = 64  # first, last and other layers, with and without a prefix or a gradient
-    for layer in model.layers if args.compile else []:
-        layer.compile(dynamic=True)  # all layers share what is compiled
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # first, last, other layers, with and without prefix and gradient
+        for layer in model.layers:
+            layer.compile(dynamic=True)  # all layers share what is compiled
 
 
 def run_files(out):
@@ -302,16 +303,16 @@ def describe(args, demo, model, prompt, table, forget, retain, cut, steps):
     weights = sum(t.numel() * t.dtype.itemsize for t in model.parameters()) / (n if args.shard else 1)
     step = step_memory(model, rows, max(tokens) - front, len(phi) + front, rows * max(e.n for e in examples))
     return text + (
-          f"model    {args.model}: {model.config.model_type}, {frozen:,} parameters, all frozen\n"
-          f"prompt   {phi.shape[0]} x {phi.shape[1]}, {kind}: {trainable:,} trainable ({100 * trainable / frozen:.3g} "
-          f"%); std {phi.std():.2g}, token embeddings {table[:65536].float().std():.2g}\n"
-          f"rows     {len(forget)} to forget, {len(retain)} to keep; {sum(tokens):,} tokens an epoch, "
-          f"longest {max(tokens)}, {cut} texts cut\n"
-          f"memory   about {(weights + step) / 1e9:.2g} GB{' in each process' * (n > 1)}: weights {weights / 1e9:.2g}, "
-          f"a step on the longest rows {step / 1e9:.2g}\n"
-          f"run      {str(model.dtype)[6:]} on {model.device}{f', {n} processes' * (n > 1)}, {steps} steps in "
-          f"{args.epochs} epochs, lr {args.lr:g}, alpha {args.alpha:g}, beta {args.beta:g}, seed {args.seed} -> "
-          f"{args.out}")
+        f"model    {args.model}: {model.config.model_type}, {frozen:,} parameters, all frozen\n"
+        f"prompt   {phi.shape[0]} x {phi.shape[1]}, {kind}: {trainable:,} trainable ({100 * trainable / frozen:.3g} "
+        f"%); std {phi.std():.2g}, token embeddings {table[:65536].float().std():.2g}\n"
+        f"rows     {len(forget)} to forget, {len(retain)} to keep; {sum(tokens):,} tokens an epoch, "
+        f"longest {max(tokens)}, {cut} texts cut\n"
+        f"memory   about {(weights + step) / 1e9:.2g} GB{' in each process' * (n > 1)}: weights {weights / 1e9:.2g}, "
+        f"a step on the longest rows {step / 1e9:.2g}\n"
+        f"run      {str(model.dtype)[6:]} on {model.device}{f', {n} processes' * (n > 1)}, {steps} steps in "
+        f"{args.epochs} epochs, lr {args.lr:g}, alpha {args.alpha:g}, beta {args.beta:g}, seed {args.seed} -> "
+        f"{args.out}")
 
 
 def main(argv=None):
