@@ -1,13 +1,14 @@
 """A LLaMA-style decoder in plain PyTorch whose text may stand behind a differentiable prefix.
 
-`Llama.prefix(phi)` turns p prompt vectors into keys and values once, and every row of a batch attends to them.
-Attention is causal and the prompt stands in front, so they cannot depend on the text: the result is exactly that of
-repeating phi in every row, gradients included, at 1/B of the work; tokens with which every text begins can go the same
-way. With `at`, only scored positions go through the last layer's queries and the head. Left out: dropout, and whatever
-is no decoder with RoPE, RMSNorm and SwiGLU.
+p prompt vectors go through the layers once, and every row of a batch attends to their keys and values. Attention is
+causal and the prompt stands in front, so these cannot depend on the text: the result is exactly that of repeating phi
+in every row, gradients included, at 1/B of the work; tokens with which every text begins can go the same way.
+`Llama.prefix(phi)` keeps them for many calls; in training, where each step has another phi, `hidden(tokens,
+front(phi))` computes them in the same matrix products as the text. With `at`, only scored positions go through the last
+layer's queries and the head. Left out: dropout, and whatever is no decoder with RoPE, RMSNorm and SwiGLU.
 
-Letters: B rows, T text tokens, p prompt tokens, S keys in sight (p + T), d width, H query heads, G key/value heads,
-c width of a head, V vocabulary, N scored positions, A scored positions of the row that has most.
+Letters: B rows, T text tokens, p prompt tokens, S keys in sight (p + T), n tokens computed together (B T or p + B T),
+d width, H query heads, G key/value heads, c width of a head, V vocabulary, N scored positions, A those of one row.
 Conventions: RoPE pairs element i with i + c/2, as Hugging Face files do (Meta's own pair 2i with 2i+1). Text is padded
 on the right. Norms, RoPE tables and softmax run in float32; weights and activations in the dtype that was loaded.
 Errors a user can cause are ValueError or OSError, with the file in the message.
@@ -148,18 +149,16 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------- layers
 
-def rope_table(inv_freq, positions):
-    """cos and sin of every position's angles: positions (B, T) -> two of (B, 1, T, c), float32; B may be 1."""
-    angles = positions[:, None, :, None].float() * inv_freq  # (B, 1, T, c/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, c)
-    return angles.cos(), angles.sin()
+def rope_table(inv_freq, positions, dtype):
+    """cos and sin of every position's angles, computed in float32: positions (n,) -> two of (n, 1, c/2)."""
+    angles = positions[:, None, None].float() * inv_freq  # (n, 1, c/2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x, rope):
-    """RoPE on x (B, heads, T, c) with cos and sin of `rope_table`."""
-    cos, sin = (t.to(x.dtype) for t in rope)
-    left, right = x.chunk(2, dim=-1)  # (B, heads, T, c/2) each
-    return x * cos + torch.cat([-right, left], dim=-1) * sin  # (B, heads, T, c)
+def rotate(x, cos, sin):
+    """RoPE on x (n, heads, c) with cos and sin of `rope_table`."""
+    left, right = x.chunk(2, dim=-1)  # (n, heads, c/2) each
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)  # (n, heads, c)
 
 
 def visible(queries, keys, window, dtype):
@@ -233,21 +232,26 @@ class Attention(nn.Module):
         self.k_proj = linear(d, groups * c, bias=bias)
         self.v_proj = linear(d, groups * c, bias=bias)
         self.o_proj = linear(heads * c, d, bias=o_bias)
-        if config.model_type == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(c, config.rms_norm_eps), RMSNorm(c, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_norm, self.k_norm = norm(c, config.rms_norm_eps), norm(c, config.rms_norm_eps)
 
-    def keys_values(self, x, rope):
-        """x (B, T, d) -> k, v (B, G, T, c), k with its position already in it."""
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.c))).transpose(1, 2)  # (B, G, T, c)
-        v = self.v_proj(x).unflatten(-1, (-1, self.c)).transpose(1, 2)  # (B, G, T, c)
-        return rotate(k, rope), v
-
-    def forward(self, x, rope, k, v, mask):
-        """x (B, T, d) looks at k, v (B, G, S, c) through mask (B, 1, T, S) -> (B, T, d)."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.c))).transpose(1, 2)  # (B, H, T, c)
-        return self.o_proj(attend(rotate(q, rope), k, v, mask).transpose(1, 2).flatten(2))
+    def forward(self, x, rope, masks, shape, past=None, pick=None):
+        """As Layer: x (n, d) -> (n, d) or (B A, d), and all keys and values in sight of the rows, (B, G, S, c) each."""
+        (B, T), c = shape, self.c
+        p, (asking, turn) = len(x) - B * T, (x, rope) if pick is None else (x[pick], [t[pick] for t in rope])
+        q = rotate(self.q_norm(self.q_proj(asking).unflatten(-1, (-1, c))), *turn)  # (n, H, c) or (B A, H, c)
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, c))), *rope)  # (n, G, c)
+        v = self.v_proj(x).unflatten(-1, (-1, c))  # (n, G, c)
+        past = [t[:p].transpose(0, 1) for t in (k, v)] if p else past  # (G, p, c)
+        k, v = (t[p:].unflatten(0, (B, T)).transpose(1, 2) for t in (k, v))  # (B, G, T, c)
+        if past is not None:  # every row sees the same prefix; its gradient is the sum over the rows
+            k, v = (torch.cat([front.expand(B, -1, -1, -1), t], dim=2) for front, t in zip(past, (k, v)))
+        p = p if pick is None else 0  # what goes on behind the last layer is picked from the rows
+        y = attend(q[p:].unflatten(0, (B, -1)).transpose(1, 2), k, v, masks[0]).transpose(1, 2).flatten(0, 1)
+        if p:  # the shared tokens see one another
+            front = attend(q[:p].transpose(0, 1)[None], past[0][None], past[1][None], masks[1])  # (1, H, p, c)
+            y = torch.cat([front[0].transpose(0, 1), y])  # (n, H, c)
+        return self.o_proj(y.flatten(1)), (k, v)
 
 
 class MLP(nn.Module):
@@ -270,22 +274,17 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, linear)
 
-    def forward(self, x, rope, mask, past=None, pick=None):
-        """x (B, T, d) -> the layer's output (B, T, d) and all keys and values in sight, (B, G, S, c) each.
+    def forward(self, x, rope, masks, shape, past=None, pick=None):
+        """x (n, d), first p tokens that all rows share (often none), then the rows, shape = (B, T), one below the other
+        -> the layer's output (n, d), and all keys and values in sight of the rows, (B, G, S, c) each.
 
-        past: keys and values that stand in front of x's, (G, p, c), the same for every row, or (B, G, p, c).
-        pick: (grid, rope of the grid): only these columns of each row, (B, A), go on; the output is (B, A, d).
+        masks: of the rows (B, 1, T, S), and of the shared tokens (1, 1, p, p).
+        past: keys and values that stand in front, (G, p, c), the same for every row, or (B, G, p, c).
+        pick: (B A,), only these tokens go on, A of each row; the output is (B A, d).
         """
-        h = self.input_layernorm(x)
-        k, v = self.self_attn.keys_values(h, rope)
-        if past is not None:  # every row sees the same prefix; its gradient is the sum over the rows
-            k, v = (torch.cat([front.expand(len(x), -1, -1, -1), t], dim=2) for front, t in zip(past, (k, v)))
-        if pick is not None:
-            grid, rope = pick
-            columns = grid[..., None].expand(-1, -1, x.shape[-1])
-            x, h = x.gather(1, columns), h.gather(1, columns)  # (B, A, d)
-        x = x + self.self_attn(h, rope, k, v, mask)
-        return x + self.mlp(self.post_attention_layernorm(x)), (k, v)
+        y, kv = self.self_attn(self.input_layernorm(x), rope, masks, shape, past, pick)
+        x = (x if pick is None else x[pick]) + y
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
 
 
 # ----------------------------------------------------------------------------------------------------- model
@@ -318,35 +317,41 @@ class Llama(nn.Module):
         """tokens (B, T) -> logits (B, T, V), float32; row t predicts token t + 1."""
         return self.head(self.hidden(tokens, prefix))
 
-    def prefix(self, phi=None, front=()):
-        """What any text attends to behind prompt vectors phi (p, d): one (k, v) per layer, (G, p, c) each.
+    def front(self, phi=None, ids=()):
+        """What stands in front of every text, (p, d): prompt vectors phi, if any, and the embeddings of ids with which
+        all texts begin, which count into p and are then left out of the texts that `hidden` is given."""
+        x = self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
+        return x if phi is None else torch.cat([phi.to(self.dtype), x])
 
-        front: ids of tokens with which every text begins; they stand behind phi, count into p, and are then left out
-        of the texts that `hidden` is given. No phi: the front alone.
-        """
-        x = self.embed_tokens(torch.tensor(front, dtype=torch.long, device=self.device))[None]  # (1, p, d)
-        x = x if phi is None else torch.cat([phi.to(self.dtype)[None], x], dim=1)
-        positions = torch.arange(x.shape[1], device=self.device)[None]  # (1, p)
-        _, kv = self._run(x, positions, positions)  # B = 1
-        return [(k[0], v[0]) for k, v in kv]
+    def prefix(self, phi=None, ids=()):
+        """What any text attends to behind `front(phi, ids)`: one (k, v) per layer, (G, p, c) each."""
+        x = self.front(phi, ids)
+        positions = torch.arange(len(x), device=self.device)[None]  # (1, p)
+        return [(k[0], v[0]) for k, v in self._run(x[None], positions, positions)[1]]
 
     def hidden(self, tokens, prefix=None, at=None):
         """tokens (B, T), padded on the right -> final-norm outputs (B, T, d).
 
+        prefix: what `prefix` gave, or, to be computed with the text, what `front` gave, (p, d).
         at: (rows, columns), two (N,) of int64, the positions that *predict*, the prefix not counted: only these are
         computed to the end, and the result is (N, d) in their order.
         """
-        p = prefix[0][0].shape[-2] if prefix else 0
+        front, past = (prefix, None) if torch.is_tensor(prefix) else (None, prefix)
+        p = past[0][0].shape[-2] if past else 0 if front is None else len(front)
         keys = torch.arange(p + tokens.shape[1], device=self.device)[None]  # (1, S), positions of prefix and text
+        text = keys[:, p:]  # (1, T)
+        if front is not None:  # filled up out of sight: CPUs multiply matrices faster whose rows are a multiple of 8
+            front = F.pad(front, (0, 0, 0, -(p + tokens.numel()) % 8))
+            keys = torch.cat([keys[:, :p], keys.new_full((1, len(front) - p), FAR), text], dim=1)
         if at is None:
-            return self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, keep=False)[0]
+            return self._run(self.embed_tokens(tokens), text, keys, past, front=front, keep=False)[0]
         rows, columns = at
         ordered, order = rows.sort(stable=True)
         slots = torch.empty_like(rows)  # (N,), how many of the same row come before it
         slots[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
         grid = columns.new_zeros(len(tokens), int(slots.max()) + 1)  # (B, A), each row's columns, filled up with 0
         grid[rows, slots] = columns
-        x, _ = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, grid, keep=False)  # (B, A, d)
+        x, _ = self._run(self.embed_tokens(tokens), text, keys, past, grid, front, keep=False)  # (B, A, d)
         return x[rows, slots]
 
     def head(self, h):
@@ -354,24 +359,25 @@ class Llama(nn.Module):
         table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(h, table.weight).float()
 
-    def _run(self, x, queries, keys, past=None, grid=None, keep=True):
-        """All layers. x (B, T, d) at positions queries, past and x together at positions keys: (1, T) and (1, S), or
-        (B, T) and (B, S) where rows differ.
+    def _run(self, x, queries, keys, past=None, grid=None, front=None, keep=True):
+        """All layers. x (B, T, d) at positions queries; past or front, and x, together at positions keys: (1, T) and
+        (1, S), or (B, T) and (B, S) where rows differ.
 
-        -> final-norm outputs (B, T, d), or (B, A, d) at the columns grid (B, A), and each layer's (k, v) of all keys,
-        if they are to be kept.
+        -> final-norm outputs (B, T, d), or (B, A, d) at the columns grid (B, A), and, if to be kept, each layer's k, v.
         """
-        inv_freq, windows = self.config.inv_freq(x.device), self.config.windows
-        rope, masks = rope_table(inv_freq, queries), {w: visible(queries, keys, w, x.dtype) for w in set(windows)}
-        kv, pick = [], None
+        (B, T), p, pick, kv = x.shape[:2], 0 if front is None else len(front), None, []
+        x, ahead = torch.cat([x[0, :0] if front is None else front, x.flatten(0, 1)]), keys[0, :p]  # (n, d); (p,)
+        positions = torch.cat([ahead, queries.expand(B, -1).flatten()])  # (n,)
+        rope, windows = rope_table(self.config.inv_freq(x.device), positions, x.dtype), self.config.windows
+        masks = {w: [visible(*at, w, x.dtype) for at in ((queries, keys), (ahead[None],) * 2)] for w in set(windows)}
         for i, (layer, window) in enumerate(zip(self.layers, windows)):
             if grid is not None and i == len(self.layers) - 1:
-                queries = queries.expand(len(x), -1).gather(1, grid)  # (B, A)
-                pick, masks = (grid, rope_table(inv_freq, queries)), {window: visible(queries, keys, window, x.dtype)}
-            args = (x, rope, masks[window], past and past[i], pick)
+                pick = (p + T * torch.arange(B, device=x.device)[:, None] + grid).flatten()  # (B A,)
+                masks = {window: [visible(queries.expand(B, -1).gather(1, grid), keys, window, x.dtype)]}
+            args = (x, rope, masks[window], (B, T), past and past[i], pick)
             x, in_sight = checkpoint(layer, *args, use_reentrant=False) if self.recompute and not keep else layer(*args)
             kv += [in_sight] * keep
-        return self.norm(x), kv
+        return self.norm(x if pick is not None else x[p:]).unflatten(0, (B, -1)), kv
 
     @torch.no_grad()
     def generate(self, tokens, lengths, prefix=None, max_new_tokens=32, temperature=0.0, generator=None):
@@ -410,9 +416,8 @@ class Llama(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", linear=nn.Linear, shard=None):
         """Load a Hugging Face folder: config.json and one or many safetensors files, every weight frozen.
 
-        Tensors are mapped and moved one by one: memory holds the weights once, or, if neither dtype nor device
-        changes, only as the mapped file. linear: see the class. shard: `scale.shard`, for a part of the weights in
-        each process. Raises ValueError or OSError with the file and the reason.
+        Tensors are mapped and moved one by one: memory holds the weights once, or, if neither dtype nor device changes,
+        only as the mapped file. linear: see the class. shard: `scale.shard`, for a part of the weights in each process.
         """
         path, files = Path(path), weight_files(path)
         config = Config.from_file(path / "config.json")

@@ -64,8 +64,9 @@ def step_memory(model, B, T, p, scored):
     d, inner, c, layers = config.hidden_size, config.intermediate_size, config.head_dim, config.num_hidden_layers
     heads, groups, S = config.num_attention_heads, config.num_key_value_heads, p + T
     attention = heads * c + (2 * groups * c * S / T + heads * S if on_cpu else 2 * heads * c * S / T + heads * c)
-    layer = B * T * (2 * d + attention + 2 * inner) * size
-    kept = layers * B * T * d * size + layer if model.recompute else layers * layer
+    n = B * T + p  # the prompt's tokens once
+    layer = n * (2 * d + attention + 2 * inner) * size
+    kept = layers * n * d * size + layer if model.recompute else layers * layer
     return round(kept + 5 * 4 * scored * config.vocab_size)
 
 
@@ -132,7 +133,7 @@ def shard(model, dtype, device):
     mesh = init_device_mesh(torch.device(device).type, (n,))
     for part in (*model.layers, model):
         fully_shard(part, mesh=mesh)
-    for method in ("prefix", "hidden", "head", "generate"):
+    for method in ("front", "prefix", "hidden", "head", "generate"):
         register_fsdp_forward_method(model, method)
 
     def place(tensor):

@@ -249,27 +249,31 @@ def test_smollm2_logits_agree_with_transformers(smollm2):
 
 @pytest.mark.parametrize("changes", [dict(), dict(num_key_value_heads=1), dict(model_type="mistral", sliding_window=6)],
                          ids=["GQA", "MQA", "window shorter than the sequence"])
-def test_the_prefix_equals_phi_concatenated_in_front_of_every_row(changes):
+@pytest.mark.parametrize("way", ["prefix", "front"])
+def test_the_prefix_equals_phi_concatenated_in_front_of_every_row(changes, way):
     llama, tokens, phi = tiny(**changes), tokens_of(4, 15), vectors(5)
-    ours, plain = llama.hidden(tokens, llama.prefix(phi)), concatenated(llama, tokens, phi)
+    ours, plain = llama.hidden(tokens, getattr(llama, way)(phi)), concatenated(llama, tokens, phi)
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     (g,), (h,) = (torch.autograd.grad(out.square().mean(), phi) for out in (ours, plain))
     assert h.abs().max() > 1e-3
     torch.testing.assert_close(g, h, atol=1e-5, rtol=1e-4)
 
 
-def test_padding_on_the_right_changes_no_output_and_no_gradient():
+@pytest.mark.parametrize("way", ["prefix", "front"])
+def test_padding_on_the_right_changes_no_output_and_no_gradient(way):
     llama, tokens, phi = tiny(), tokens_of(2, 9), vectors(5)
-    padded = F.pad(tokens, (0, 6), value=7)
-    a, b = llama.hidden(tokens, llama.prefix(phi)), llama.hidden(padded, llama.prefix(phi))[:, :9]
+    padded, front = F.pad(tokens, (0, 6), value=7), getattr(llama, way)
+    a, b = llama.hidden(tokens, front(phi)), llama.hidden(padded, front(phi))[:, :9]
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     (g,), (h,) = (torch.autograd.grad(out.square().mean(), phi) for out in (a, b))
     torch.testing.assert_close(g, h, atol=1e-6, rtol=1e-4)
 
 
 def test_a_prefix_of_no_vectors_is_no_prefix():
-    llama, tokens = tiny(), tokens_of(2, 9)
-    torch.testing.assert_close(llama(tokens, llama.prefix(torch.zeros(0, 32))), llama(tokens), atol=1e-5, rtol=1e-5)
+    llama, none = tiny(), torch.zeros(0, 32)
+    for tokens in (tokens_of(2, 9), tokens_of(2, 8)):  # with and without tokens that only fill up
+        for prefix in (llama.prefix(none), llama.front(none)):
+            torch.testing.assert_close(llama(tokens, prefix), llama(tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_may_have_prefixes_of_their_own():
@@ -284,7 +288,7 @@ def test_rows_may_have_prefixes_of_their_own():
 def test_outputs_at_scored_positions_are_those_of_the_whole(window):
     llama, tokens, phi = tiny(model_type="mistral", sliding_window=window), tokens_of(3, 12), vectors(4)
     rows, columns = torch.tensor([2, 0, 0, 1, 0]), torch.tensor([11, 3, 2, 0, 9])  # in no order, not equally many
-    for prefix in (None, llama.prefix(phi)):
+    for prefix in (None, llama.prefix(phi), llama.front(phi)):
         whole, at = llama.hidden(tokens, prefix)[rows, columns], llama.hidden(tokens, prefix, (rows, columns))
         torch.testing.assert_close(at, whole, atol=1e-5, rtol=1e-5)
 
@@ -295,7 +299,7 @@ def test_only_phi_gets_a_gradient_also_after_an_evaluation():
         with torch.no_grad():
             llama(tokens, llama.prefix(phi))
         phi.grad = None
-        llama(tokens, llama.prefix(phi)).square().mean().backward()
+        llama(tokens, llama.front(phi)).square().mean().backward()
         assert phi.grad.abs().min() > 0
     assert all(p.grad is None for p in llama.parameters())
 
@@ -304,7 +308,7 @@ def test_the_model_is_causal_behind_its_prefix():
     llama, tokens, phi = tiny(), tokens_of(1, 8), vectors(3)
     changed = tokens.clone()
     changed[0, 5] += 1
-    a, b = (llama(t, llama.prefix(phi)) for t in (tokens, changed))
+    a, b = (llama(t, llama.front(phi)) for t in (tokens, changed))
     assert torch.equal(a[:, :5], b[:, :5]) and not torch.allclose(a[:, 5:], b[:, 5:])
 
 
@@ -1256,7 +1260,7 @@ def test_both_ways_to_attend_agree(monkeypatch):
     for few in (model.FEW, 0):
         monkeypatch.setattr(model, "FEW", few)
         phi = vectors(4)
-        out = llama.hidden(tokens, llama.prefix(phi))
+        out = llama.hidden(tokens, llama.front(phi))
         out.square().sum().backward()
         found.append((out.detach(), phi.grad))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
@@ -1320,7 +1324,7 @@ def test_recomputing_keeps_less_and_changes_nothing():
     for recompute in (False, True):
         llama.recompute, phi.grad = recompute, None
         out = []
-        size, _ = kept(llama, lambda: out.append(llama.head(llama.hidden(tokens, llama.prefix(phi), at))))
+        size, _ = kept(llama, lambda: out.append(llama.head(llama.hidden(tokens, llama.front(phi), at))))
         out[0].square().sum().backward()
         found.append((size, out[0].detach(), phi.grad))
     assert found[1][0] < 0.4 * found[0][0]

@@ -4,7 +4,7 @@
 
 Without arguments it takes the bundled demo. The loop is `fit`, one step of it `train_step`, both plain functions.
 
-What makes a step cheap: the prompt's keys and values are computed once for the whole batch (`Llama.prefix`), logits
+What makes a step cheap: the prompt's keys and values are computed once for the whole batch (`Llama.hidden`), logits
 only where an answer is scored, no weight gradients, and the model without the prompt, L_kl's teacher, runs once before
 training and is kept as its final-norm outputs at the scored positions.
 """
@@ -51,8 +51,8 @@ def losses(model, prompt, batch, teacher, alpha=1.0, beta=0.5, kl_position="alig
     rows, columns = batch.at
     if kl_position == "after-label":  # the released code: one position late
         rows, columns = torch.cat([rows, rows[retain]]), torch.cat([columns, columns[retain] + 1])
-    prefix = model.prefix(prompt(), batch.front)
-    h = model.hidden(batch.tokens, prefix, (rows, columns))  # (N, d), then (N_r, d) if after the label
+    front = model.front(prompt(), batch.front)  # (p, d)
+    h = model.hidden(batch.tokens, front, (rows, columns))  # (N, d), then (N_r, d) if after the label
     logits, known = model.head(torch.cat([h, teacher])).split([len(h), len(teacher)])  # (.., V); read the head once
     logits, student = logits[: len(retain)], logits[len(retain) :]  # (N, V) and, after the label, (N_r, V)
     student = student if kl_position == "after-label" else logits[retain]  # (N_r, V)
