@@ -3,6 +3,7 @@
     python -m pytest -q
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -1329,6 +1330,22 @@ def test_recomputing_keeps_less_and_changes_nothing():
         found.append((size, out[0].detach(), phi.grad))
     assert found[1][0] < 0.4 * found[0][0]
     torch.testing.assert_close(found[0][1:], found[1][1:])
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_give_the_same_losses_and_gradient():
+    llama, prompt, examples, found = tiny(), SoftPrompt(4, 32, 8), small_batch(2, 3), []
+    batch, teacher = collate(examples), teacher_of(llama, examples)
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.utils.counters.clear()
+            train.apply_scale_options(llama, argparse.Namespace(recompute=False, compile=True))
+        prompt.zero_grad()
+        terms = train.losses(llama, prompt, batch, teacher)
+        terms["loss"].backward()
+        found.append([*terms.values(), *(p.grad.clone() for p in prompt.parameters())])
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # it really was compiled
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
