@@ -242,14 +242,16 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(asking).unflatten(-1, (-1, c))), *turn)  # (n, H, c) or (B A, H, c)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, c))), *rope)  # (n, G, c)
         v = self.v_proj(x).unflatten(-1, (-1, c))  # (n, G, c)
-        past = [t[:p].transpose(0, 1) for t in (k, v)] if p else past  # (G, p, c)
-        k, v = (t[p:].unflatten(0, (B, T)).transpose(1, 2) for t in (k, v))  # (B, G, T, c)
+        shared, own = zip(*(t.split([p, B * T]) for t in (k, v)))  # (p, G, c) and (B T, G, c) each
+        past = [t.transpose(0, 1) for t in shared] if p else past  # (G, p, c)
+        k, v = (t.unflatten(0, (B, T)).transpose(1, 2) for t in own)  # (B, G, T, c)
         if past is not None:  # every row sees the same prefix; its gradient is the sum over the rows
             k, v = (torch.cat([front.expand(B, -1, -1, -1), t], dim=2) for front, t in zip(past, (k, v)))
         p = p if pick is None else 0  # what goes on behind the last layer is picked from the rows
-        y = attend(q[p:].unflatten(0, (B, -1)).transpose(1, 2), k, v, masks[0]).transpose(1, 2).flatten(0, 1)
+        first, q = q.split([p, len(q) - p])  # (p, H, c), and the rows'
+        y = attend(q.unflatten(0, (B, -1)).transpose(1, 2), k, v, masks[0]).transpose(1, 2).flatten(0, 1)
         if p:  # the shared tokens see one another
-            front = attend(q[:p].transpose(0, 1)[None], past[0][None], past[1][None], masks[1])  # (1, H, p, c)
+            front = attend(first.transpose(0, 1)[None], past[0][None], past[1][None], masks[1])  # (1, H, p, c)
             y = torch.cat([front[0].transpose(0, 1), y])  # (n, H, c)
         return self.o_proj(y.flatten(1)), (k, v)
 
@@ -351,8 +353,7 @@ class Llama(nn.Module):
         slots[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
         grid = columns.new_zeros(len(tokens), int(slots.max()) + 1)  # (B, A), each row's columns, filled up with 0
         grid[rows, slots] = columns
-        x, _ = self._run(self.embed_tokens(tokens), text, keys, past, grid, front, keep=False)  # (B, A, d)
-        return x[rows, slots]
+        return self._run(self.embed_tokens(tokens), text, keys, past, grid, front, keep=False)[0][rows, slots]
 
     def head(self, h):
         """Final-norm outputs (..., d) -> logits (..., V), float32."""
@@ -440,8 +441,7 @@ class Llama(nn.Module):
 
     def save_pretrained(self, path):
         """Write config.json and model.safetensors, as transformers reads them; the config, which completes it, last."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        (path := Path(path)).mkdir(parents=True, exist_ok=True)
         tensors = {name if name == "lm_head.weight" else f"model.{name}": t.detach().contiguous()
                    for name, t in self.named_parameters()}
         write_whole(path / "model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
