@@ -4,6 +4,7 @@ Letters: B rows, T text tokens, p prompt tokens, d width of the model; a linear 
 """
 
 import os
+import sys
 import warnings
 
 import torch
@@ -68,6 +69,15 @@ def step_memory(model, B, T, p, scored):
     layer = n * (2 * d + attention + 2 * inner) * size
     kept = layers * n * d * size + layer if model.recompute else layers * layer
     return round(kept + 5 * 4 * scored * config.vocab_size)
+
+
+def peak_memory(device):
+    """The most bytes that this process has held so far: on a GPU there, else all its memory, as the system counts."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # -------------------------------------------------------------------------------------------- several processes

@@ -150,13 +150,15 @@ def load_prompt(folder, base_sha256=None):
 # ------------------------------------------------------------------------------------------------ training's state
 
 
-def save_state(folder, prompt, optimizer, step, run):
-    """What a run needs to go on after `step` steps: encoder, optimizer moments, and `run`, which describes the run.
+def save_state(folder, module, optimizer, step, run):
+    """What a run needs to go on after `step` steps: what learns in the module (the prompt's encoder), the optimizer's
+    moments, and `run`, which describes the run.
 
     No random states: every draw comes from the seed and the number of its epoch or step.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in prompt.named_parameters()}
-    for (name, parameter) in prompt.named_parameters():
+    learned = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in learned.items()}
+    for name, parameter in learned.items():
         for key, t in optimizer.state[parameter].items():
             tensors[f"{name}/{key}"] = t.detach().cpu().contiguous()
     metadata = {"step": str(step), "run": json.dumps(run)}
@@ -174,11 +176,13 @@ def read_run(folder):
         raise ValueError(f"{file}: not a whole state file ({e}): start again with --overwrite") from None
 
 
-def load_state(folder, prompt, optimizer):
-    """Put a state file's tensors back into prompt and optimizer."""
+def load_state(folder, module, optimizer):
+    """Put a state file's tensors back into module and optimizer."""
     tensors = load_file(Path(folder) / STATE)
     with torch.no_grad():
-        for name, parameter in prompt.named_parameters():
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             parameter.copy_(tensors[name])
             state = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
             optimizer.state[parameter] = {key: t if key == "step" else t.to(parameter.device)

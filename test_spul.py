@@ -709,6 +709,8 @@ def test_the_prompt_folder_says_what_it_is(folder, trained, files):
     assert info["base_sha256"] == spul.fingerprint(folder) and info["labels"] == ["negative", "positive"]
     assert info["generic"] == ["neutral", "unknown"] and info["options"]["num_tokens"] == info["p"] == 4
     assert set(info["results"]["with"]) == {"train forget", "train retain", "test forget", "test retain"}
+    assert info["trainable"] == sum(t.numel() for t in SoftPrompt(info["p"], info["d"], info["options"]["encoder_hidden"]).parameters())
+    assert info["seconds"] > 0 and info["peak_bytes"] > 1e7
     assert {p.name for p in trained.iterdir()} == {*spul.PROMPT_FILES, "log.jsonl"}
 
 
@@ -1238,6 +1240,94 @@ def test_finetune_makes_a_model_folder_that_knows_the_rows(how, folder, files, t
     assert known > 90
     assert call(evaluate, "--model", tmp_path / "m", "--forget", files["forget"], "--dtype", "fp32") == 0
     assert call(finetune, *args) == 2
+
+
+def test_lora_drops_inputs_only_while_it_learns():
+    lora, x = finetune.Lora(torch.nn.Linear(64, 8, bias=False).requires_grad_(False), 4, 1.0, 0.5), torch.randn(3, 64)
+    torch.nn.init.normal_(lora.B)
+    assert not torch.equal(lora(x), lora(x))
+    with torch.no_grad():
+        torch.testing.assert_close(lora(x), x @ (lora.base.weight + lora.B @ lora.A).T)
+
+
+def test_targets_choose_the_layers_that_get_a_lora(folder, files, tmp_path, capsys):
+    args = ["--model", folder, "--data", files["forget"], "--rank", 2, "--epochs", 1, "--dtype", "fp32"]
+    assert call(finetune, *args, "--targets", "q_proj,v_proj", "--out", tmp_path / "m") == 0
+    assert f"{3 * 2 * (32 + 32 + 32 + 16)} parameters trained" in capsys.readouterr().out.replace(",", "")
+    old, new = (dict(Llama.from_pretrained(path).named_parameters()) for path in (folder, tmp_path / "m"))
+    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"q_proj", "v_proj"}
+    assert call(finetune, *args, "--targets", "q_proj,w_proj", "--out", tmp_path / "n") == 2
+    assert "the linear layers are down_proj, gate_proj" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [["--dropout", "0.2"], ["--full", "--lr", "1e-3", "--dtype", "bf16"]],
+                         ids=["LoRA", "full"])
+def test_memorising_goes_on_after_a_stop_as_if_there_had_been_none(how, folder, files, tmp_path, monkeypatch, capsys):
+    args = ["--model", folder, "--data", files["forget"], files["retain"], "--epochs", 3, "--batch-size", 8,
+            "--dtype", "fp32", *how]
+    assert call(finetune, *args, "--out", tmp_path / "whole") == 0
+    rate, calls = finetune.learning_rate, []
+
+    def stop_in_the_second_epoch(*given):
+        calls.append(given)
+        if len(calls) == 10:
+            signal.raise_signal(signal.SIGINT)
+        return rate(*given)
+
+    monkeypatch.setattr(finetune, "learning_rate", stop_in_the_second_epoch)
+    assert call(finetune, *args, "--out", tmp_path / "part") == 130
+    assert "after step 10 of 21" in capsys.readouterr().err
+    assert call(finetune, *args, "--out", tmp_path / "part") == 2 and "--resume" in capsys.readouterr().err
+    assert call(finetune, *args, "--seed", 1, "--resume", "--out", tmp_path / "part") == 2
+    assert "seed changed" in capsys.readouterr().err
+    assert call(finetune, *args, "--resume", "--out", tmp_path / "part") == 0
+    assert len(calls) == 21
+    for name in ("model.safetensors", "tokenizer.model", "config.json"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {f.name for f in (tmp_path / "part").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+    report = json.loads((tmp_path / "part" / "run.json").read_text())
+    assert report["steps"] == 21 and report["trainable"] > 0 and report["peak_bytes"] > 1e6
+
+
+@pytest.mark.parametrize("how", [
+    {}, dict(use_rslora=True), dict(rank_pattern={"q_proj": 2}, alpha_pattern={r"1\..*down_proj": 9}),
+    dict(modules_to_save=["lm_head"]), dict(layers_to_transform=[1]),
+], ids=["plain", "rslora", "patterns", "modules_to_save", "some layers"])
+def test_merging_an_adapter_gives_what_peft_merges(how, folder, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(
+        r=4, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], **how))
+    torch.manual_seed(1)
+    for name, weight in theirs.named_parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert call(finetune, "--model", folder, "--adapter", tmp_path / "adapter", "--out", tmp_path / "m",
+                "--dtype", "fp32") == 0
+    want = theirs.merge_and_unload().state_dict()
+    first, got = (Llama.from_pretrained(path) for path in (folder, tmp_path / "m"))
+    names = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in got.named_parameters()}
+    for name, weight in names.items():
+        torch.testing.assert_close(weight, want[name], atol=1e-6, rtol=1e-6)
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), got.parameters()))
+
+
+@pytest.mark.parametrize("change, tensor, message", [
+    ({"use_dora": True}, None, "use_dora True is not supported"), ({"bias": "all"}, None, "bias 'all'"),
+    ({"peft_type": "IA3"}, None, "only LORA"), ({"init_lora_weights": "pissa"}, None, "init_lora_weights"),
+    ({}, "base_model.model.model.embed_tokens.lora_embedding_A", "lora_embedding_A is not supported"),
+    ({}, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", "not of this model"),
+    ({"r": 3}, None, "the configuration says rank 3"),
+])
+def test_what_cannot_be_merged_is_refused_by_name(change, tensor, message, folder, tmp_path, capsys):
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(32, 2)}
+    save_file(tensors | ({tensor: torch.ones(2, 2)} if tensor else {}), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | change))
+    assert call(finetune, "--model", folder, "--adapter", tmp_path, "--out", tmp_path / "m") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "m").exists()
 
 
 # ---------------------------------------------------------------------------------------------- the demo and README

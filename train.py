@@ -30,7 +30,7 @@ from data import (check_disjoint, check_generic, collate, common_front, epoch_ba
 from eval import (DEMO, Parser, add_options, answer_hidden, filled, hardware, label_set, load_model, measure, number,
                    read_splits, row_limit, run, table, use_demo)
 from files import write_whole
-from scale import add_up, any_of, ranks, shard, start, step_memory, whole
+from scale import add_up, any_of, peak_memory, ranks, shard, start, step_memory, whole
 from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
 
 # The paper's optimizer, from the released code: AdamW, weight decay 1e-3, gradient norm clipped at 0.3, learning rate
@@ -377,7 +377,6 @@ def main(argv=None):
         if written:
             text = "".join(json.dumps({"text": row.text, "label": row.label}) + "\n" for row in splits["train retain"])
             write_whole(out / "retain.jsonl", lambda temporary: temporary.write_text(text))
-    began = time.perf_counter()
     fit(model, prompt, examples, teacher, out, description, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size,
         seed=args.seed, alpha=args.alpha, beta=args.beta, kl_position=args.kl_position,
         forget_per_batch=args.forget_per_batch, resume=going_on == "resume")
@@ -391,7 +390,9 @@ def main(argv=None):
         "template": None if all(row.raw for rows in splits.values() for row in rows) else args.template,
         "labels": labels and [name for name in labels if name not in args.generic], "options": options,
         "seed": args.seed, "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "results": {"without": before, "with": after, "seconds": time.perf_counter() - began}})
+        "trainable": sum(t.numel() for t in prompt.parameters()), "peak_bytes": peak_memory(model.device),
+        "seconds": sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines()),
+        "results": {"without": before, "with": after}})
     (out / spul.STATE).unlink(missing_ok=True)
     print(f"prompt in {out}. The weights have not changed: without the prompt all of it is back.")
 
