@@ -215,6 +215,10 @@ class Example:
     label: str
     forget: bool  # scored by L_f, else by L_r and L_kl
 
+    @property
+    def prompt(self):
+        return self.ids[: -self.n]
+
 
 def answer_ids(tokenizer, label, raw=False):
     return tokenizer.encode_inside(label if raw else " " + label)
@@ -297,13 +301,15 @@ def collate(examples, device="cpu", front=(), last=False):
     return Batch(front, tokens.to(device), rows, columns, targets, forget.bool(), n_f, len(examples) - n_f)
 
 
-def continuations(model, prompts, n, prefix=None, **how):
-    """What the model writes behind each prompt, a list of ids: at most n new ids each. how: see `Llama.generate`."""
+def continuations(model, prompts, n, prefix=None, embed=None, **how):
+    """What the model writes behind each prompt, a list of ids: at most n new ids each. embed: what makes embeddings of
+    prompts and their tokens, if not the model (`guards.Eco`). how: see `Llama.generate`."""
     tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)  # (B, T)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)] = torch.tensor(ids)
     lengths = torch.tensor([len(ids) for ids in prompts], device=model.device)
-    return model.generate(tokens.to(model.device), lengths, prefix, n, **how)
+    tokens = tokens.to(model.device)
+    return model.generate(embed(prompts, tokens) if embed else tokens, lengths, prefix, n, **how)
 
 
 def by_length(examples, batch_size):

@@ -1,4 +1,4 @@
-"""Measure a model without and with a prompt, or ask it a question.
+"""Measure a model without and with a prompt or a guard (of baselines.py), or ask it a question.
 
     python eval.py --model DIR [--prompt DIR] --forget FILE --retain FILE [--test-forget FILE] [--test-retain FILE]
     python eval.py --model DIR --prompt DIR --ask "a film by the director in question"
@@ -19,33 +19,37 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (Tokenizer, answer_ids, by_length, check_text, collate, common_front, continuations, make_examples,
-                  read_rows, read_sets, read_template)
-from files import weight_files, write_json
+import guards
+from data import (Example, Tokenizer, answer_ids, by_length, check_text, collate, common_front, continuations,
+                  make_examples, read_rows, read_sets, read_template)
+from files import read_json, weight_files, write_json
 from model import Config, Llama
 from scale import Int8Linear, add_up, leave, ranks
 from spul import fingerprint, load_prompt
 
 DEMO = Path(__file__).resolve().parent / "demo"
 MAX_LABELS = 50  # more different answers than this are no label set
-METRICS = ["accuracy", "probability", "f1", "generic", "outside", "commonest"]
+METRICS = ["accuracy", "probability", "f1", "generic", "outside", "commonest", "flagged"]
+COSTS = {"trainable": "parameters trained", "seconds": "s of training", "peak_bytes": "bytes of memory at most"}
 
 
 # --------------------------------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
-def answer_hidden(model, examples, phi=None, shift=0, batch_size=32):
+def answer_hidden(model, examples, phi=None, shift=0, batch_size=32, embed=None):
     """Final-norm outputs that predict each example's answer tokens: a list of (n, d), in the examples' order.
 
     phi (p, d): the prompt in front, if any. shift 1: one token on, what the model predicts after each answer token.
+    embed: what makes embeddings of prompts and their tokens, if not the model (`guards.Eco`).
     """
-    batches, front, (rank, n) = by_length(examples, batch_size), common_front(examples), ranks()
+    batches, front, (rank, n) = by_length(examples, batch_size), () if embed else common_front(examples), ranks()
     found, prefix = [None] * len(examples), model.prefix(phi, front)
     for turn in range(rank, math.ceil(len(batches) / n) * n, n):  # as many turns in every process, some for nothing
         indices = batches[turn % len(batches)]
         batch = collate([examples[i] for i in indices], model.device, front, last=shift)
-        h = model.hidden(batch.tokens, prefix, (batch.rows, batch.columns + shift))  # (N, d)
+        tokens = embed([examples[i].prompt for i in indices], batch.tokens) if embed else batch.tokens
+        h = model.hidden(tokens, prefix, (batch.rows, batch.columns + shift))  # (N, d)
         for i, part in zip(indices, h.split([examples[i].n for i in indices])):
             found[i] = part.clone() if turn < len(batches) else None
     if n > 1:  # every row was computed in one process: the others add zeros
@@ -81,7 +85,7 @@ def named(ids, answers):
     return max(fits, key=lambda name: len(answers[name]), default=None)
 
 
-def predict(model, tokenizer, examples, scores, answers, phi=None, batch_size=32):
+def predict(model, tokenizer, examples, scores, answers, phi=None, batch_size=32, embed=None):
     """The greedy answer of each example: one of answers, {answer: its ids}, or what it begins with instead.
 
     The scores decide nearly all; only where a longer answer may have begun does the model have to go on writing.
@@ -95,8 +99,8 @@ def predict(model, tokenizer, examples, scores, answers, phi=None, batch_size=32
     prefix = model.prefix(phi) if unsure and phi is not None else None
     for start in range(0, len(unsure), batch_size):
         part = unsure[start : start + batch_size]
-        prompts = [examples[i].ids[: -examples[i].n] for i in part]
-        for i, ids in zip(part, continuations(model, prompts, max(map(len, answers.values())), prefix)):
+        prompts = [examples[i].prompt for i in part]
+        for i, ids in zip(part, continuations(model, prompts, max(map(len, answers.values())), prefix, embed)):
             said[i] = named(ids, answers) or f"<{tokenizer.decode(ids)}>"
     return said
 
@@ -107,23 +111,24 @@ def weighted_f1(truth, said):
     return sum(n * 2 * hits[c] / (n + guesses[c]) for c, n in support.items()) / len(truth)
 
 
-def measure(model, tokenizer, examples, labels=None, generic=(), phi=None, hidden=None, batch_size=32):
+def measure(model, tokenizer, examples, labels=None, generic=(), phi=None, hidden=None, batch_size=32, guard=None):
     """A dict of what is measured on one split, all as fractions of 1.
 
     labels: `label_set` of the rows; without one, only accuracy and probability. generic: the generic answers in it.
-    hidden: `answer_hidden` of these examples, where the caller has it already.
+    hidden: `answer_hidden` of these examples, where the caller has it already. guard: what acts on them first.
     """
-    hidden = hidden or answer_hidden(model, examples, phi, batch_size=batch_size)
+    examples, embed, more = guard.apply(model, tokenizer, examples) if guard else (examples, None, {})
+    hidden = hidden or answer_hidden(model, examples, phi, batch_size=batch_size, embed=embed)
     scores, n = score(model, hidden, examples, batch_size), len(examples)
     result = {"rows": n, "accuracy": sum(right for right, _, _ in scores) / n,
               "probability": math.fsum(p for _, p, _ in scores) / n}
     if labels:
-        said = predict(model, tokenizer, examples, scores, labels, phi, batch_size)
+        said = predict(model, tokenizer, examples, scores, labels, phi, batch_size, embed)
         result |= {"f1": weighted_f1([e.label for e in examples], said),
                    "generic": sum(s in generic for s in said) / n,
                    "outside": sum(s in generic or s not in labels for s in said) / n,
                    "commonest": Counter(said).most_common(1)[0][1] / n}
-    return result
+    return result | more
 
 
 def label_set(rows, tokenizer, generic):
@@ -136,16 +141,16 @@ def label_set(rows, tokenizer, generic):
 
 def table(before, after=None):
     """The results as text: a line per split, each metric in per cent, without -> with the prompt."""
-    names = [m for m in METRICS if any(m in r for r in before.values())]
+    sides = [before, after] if after else [before]
+    names = [m for m in METRICS if any(m in r for r in sides[-1].values())]
 
     def line(head, rows, cells):
         return f"{head:13}{rows:>7}" + "".join(f"{c:>{17 if after else 13}}" for c in cells)
 
     lines = [line("%", "rows", names)]
     for split, b in before.items():
-        lines.append(line(split, b["rows"], [
-            (f"{100 * b[m]:.1f}" + (f" -> {100 * after[split][m]:5.1f}" if after else "")) if m in b else ""
-            for m in names]))
+        cells = [[f"{100 * side[split][m]:5.1f}" for side in sides if m in side[split]] for m in names]
+        lines.append(line(split, b["rows"], [" -> ".join(cell).strip() for cell in cells]))
     return "\n".join(lines)
 
 
@@ -298,13 +303,16 @@ def run(main):
 # -------------------------------------------------------------------------------------------------- the command
 
 
-def ask(model, tokenizer, text, template, labels, room, prefix=None):
+def ask(model, tokenizer, text, template, labels, room, prefix=None, guard=None):
     """The model's greedy answer to one text: a label where labels are known and it is one, else one line of text."""
-    ids = tokenizer.bos + tokenizer.encode(template.replace("{text}", text))
+    ids, embed = tokenizer.bos + tokenizer.encode(template.replace("{text}", text)), None
     n = max(map(len, labels.values()), default=64)
     if not ids or len(ids) + n > room:
         raise ValueError(f"--ask: {len(ids)} tokens, and there is room for 1 to {room - n}")
-    new = continuations(model, [ids], n, prefix)[0]
+    if guard:
+        (example,), embed, _ = guard.apply(model, tokenizer, [Example((*ids, 0), 1, "", False)])
+        ids = example.prompt
+    new = continuations(model, [ids], n, prefix, embed)[0]
     return named(new, labels) or tokenizer.decode(new).strip().split("\n")[0]
 
 
@@ -312,7 +320,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add_options(parser)
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--prompt", type=filled, metavar="DIR", help="folder that train.py wrote")
+    group.add_argument("--prompt", type=filled, metavar="DIR", help="of train.py, or of baselines.py eco or icul")
     group.add_argument("--ask", metavar="TEXT", help="show the answers to one text instead")
     group.add_argument("--json", type=filled, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
@@ -326,7 +334,13 @@ def main(argv=None):
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise ValueError(f"--json {args.json}: a folder, or in none")
 
-    phi, info = load_prompt(args.prompt, fingerprint(args.model)) if args.prompt else (None, {})
+    phi, guard, info, cost = None, None, {}, Path(args.model) / "run.json"
+    if args.prompt and guards.is_guard(args.prompt):
+        guard, info = guards.load(args.prompt, fingerprint(args.model))
+    elif args.prompt:
+        phi, info = load_prompt(args.prompt, fingerprint(args.model))
+    cost = info or (read_json(cost) if cost.is_file() else {})
+    cost = {name: cost.get(name) for name in COSTS if cost.get(name) is not None}
     template = args.template and read_template(args.template)
     if not template:  # that of the prompt, which has none if its rows were prompts themselves
         template = info["template"] or "{text}" if info else read_template("sentiment")
@@ -343,10 +357,10 @@ def main(argv=None):
         room = model.config.max_position_embeddings - (0 if phi is None else len(phi))
         check_text(text, "--ask")
         print(f"without the prompt: {ask(model, tokenizer, text, template, labels, room)}")
-        if phi is not None:
+        if args.prompt:
             with torch.no_grad():
-                prefix = model.prefix(phi)
-            print(f"with the prompt:    {ask(model, tokenizer, text, template, labels, room, prefix)}")
+                prefix = None if phi is None else model.prefix(phi)
+            print(f"with the prompt:    {ask(model, tokenizer, text, template, labels, room, prefix, guard)}")
         return
     limit = row_limit(args, 0 if phi is None else len(phi))
     labels = label_set([row for rows in splits.values() for row in rows], tokenizer, generic)
@@ -357,12 +371,14 @@ def main(argv=None):
             print(f"{name}: {cut} texts cut to {limit} tokens")
         how = dict(labels=labels, generic=generic, batch_size=args.batch_size)
         before[name] = measure(model, tokenizer, examples, **how)
-        if phi is not None:
-            after[name] = measure(model, tokenizer, examples, phi=phi, **how)
+        if args.prompt:
+            after[name] = measure(model, tokenizer, examples, phi=phi, guard=guard, **how)
     print(table(before, after))
+    if cost:
+        print("cost: " + ", ".join(f"{value:,.0f} {COSTS[name]}" for name, value in cost.items()))
     if args.json:
-        write_json(args.json, {"model": args.model, "prompt": args.prompt, "dtype": str(model.dtype), "without": before,
-                               "with": after or None})
+        write_json(args.json, {"model": args.model, "prompt": args.prompt, "dtype": str(model.dtype), "cost": cost,
+                               "without": before, "with": after or None})
 
 
 if __name__ == "__main__":

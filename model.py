@@ -290,7 +290,6 @@ class Layer(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------- model
-
 class Llama(nn.Module):
     """The frozen language model. It keeps no state between calls.
 
@@ -332,7 +331,7 @@ class Llama(nn.Module):
         return [(k[0], v[0]) for k, v in self._run(x[None], positions, positions)[1]]
 
     def hidden(self, tokens, prefix=None, at=None):
-        """tokens (B, T), padded on the right -> final-norm outputs (B, T, d).
+        """tokens (B, T), padded on the right, or their embeddings (B, T, d) -> final-norm outputs (B, T, d).
 
         prefix: what `prefix` gave, or, to be computed with the text, what `front` gave, (p, d).
         at: (rows, columns), two (N,) of int64, the positions that *predict*, the prefix not counted: only these are
@@ -343,17 +342,17 @@ class Llama(nn.Module):
         keys = torch.arange(p + tokens.shape[1], device=self.device)[None]  # (1, S), positions of prefix and text
         text = keys[:, p:]  # (1, T)
         if front is not None:  # filled up out of sight: CPUs multiply matrices faster whose rows are a multiple of 8
-            front = F.pad(front, (0, 0, 0, -(p + tokens.numel()) % 8))
+            front = F.pad(front, (0, 0, 0, -(p + len(tokens) * tokens.shape[1]) % 8))
             keys = torch.cat([keys[:, :p], keys.new_full((1, len(front) - p), FAR), text], dim=1)
         if at is None:
-            return self._run(self.embed_tokens(tokens), text, keys, past, front=front, keep=False)[0]
+            return self._run(tokens, text, keys, past, front=front, keep=False)[0]
         rows, columns = at
         ordered, order = rows.sort(stable=True)
         slots = torch.empty_like(rows)  # (N,), how many of the same row come before it
         slots[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
         grid = columns.new_zeros(len(tokens), int(slots.max()) + 1)  # (B, A), each row's columns, filled up with 0
         grid[rows, slots] = columns
-        return self._run(self.embed_tokens(tokens), text, keys, past, grid, front, keep=False)[0][rows, slots]
+        return self._run(tokens, text, keys, past, grid, front, keep=False)[0][rows, slots]
 
     def head(self, h):
         """Final-norm outputs (..., d) -> logits (..., V), float32."""
@@ -361,11 +360,12 @@ class Llama(nn.Module):
         return F.linear(h, table.weight).float()
 
     def _run(self, x, queries, keys, past=None, grid=None, front=None, keep=True):
-        """All layers. x (B, T, d) at positions queries; past or front, and x, together at positions keys: (1, T) and
-        (1, S), or (B, T) and (B, S) where rows differ.
+        """All layers. x (B, T, d), or tokens (B, T), at positions queries; past or front, and x, together at positions
+        keys: (1, T) and (1, S), or (B, T) and (B, S) where rows differ.
 
         -> final-norm outputs (B, T, d), or (B, A, d) at the columns grid (B, A), and, if to be kept, each layer's k, v.
         """
+        x = x if x.is_floating_point() else self.embed_tokens(x)  # (B, T, d)
         (B, T), p, pick, kv = x.shape[:2], 0 if front is None else len(front), None, []
         x, ahead = torch.cat([x[0, :0] if front is None else front, x.flatten(0, 1)]), keys[0, :p]  # (n, d); (p,)
         positions = torch.cat([ahead, queries.expand(B, -1).flatten()])  # (n,)
@@ -382,13 +382,13 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, lengths, prefix=None, max_new_tokens=32, temperature=0.0, generator=None):
-        """Continue each row of tokens (B, T), whose first lengths (B,) tokens count -> B lists of new ids.
+        """Continue each row of tokens (B, T), or embeddings, whose first lengths (B,) count -> B lists of new ids.
 
         A row ends before the first end-of-sequence id of the config. temperature 0 takes the likeliest token.
         """
-        (B, T), p = tokens.shape, prefix[0][0].shape[-2] if prefix else 0
+        (B, T), p = tokens.shape[:2], prefix[0][0].shape[-2] if prefix else 0
         keys = torch.arange(p + T, device=self.device)[None]  # (1, S)
-        x, kv = self._run(self.embed_tokens(tokens), keys[:, p:], keys, prefix, (lengths - 1)[:, None])  # (B, 1, d)
+        x, kv = self._run(tokens, keys[:, p:], keys, prefix, (lengths - 1)[:, None])  # (B, 1, d)
         keys = torch.where(keys < p + lengths[:, None], keys, FAR)  # (B, S), padding out of sight
         new, done, ends = [], torch.zeros(B, dtype=torch.bool, device=self.device), self.config.eos_token_id
         ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=torch.long, device=self.device)
@@ -406,8 +406,8 @@ class Llama(nn.Module):
                 break
             position = p + lengths[:, None] + step  # (B, 1)
             keys = torch.cat([keys, position], dim=1)
-            x, kv = self._run(self.embed_tokens(token), position, keys, kv)
-        new = torch.cat([tokens[:, :0], *new], dim=1)  # (B, steps)
+            x, kv = self._run(token, position, keys, kv)
+        new = torch.cat([lengths[:, None][:, :0], *new], dim=1)  # (B, steps)
         lasts = (torch.isin(new, ends).cumsum(dim=1) == 0).sum(dim=1)  # (B,), tokens before the first end
         return [row[:n] for row, n in zip(new.tolist(), lasts.tolist())]
 
