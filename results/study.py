@@ -144,7 +144,8 @@ def perform(run, threads):
             continue  # finished: these are written last
         with open(measured.with_suffix(".log"), "a") as log:
             done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE.parent, stdout=log,
-                                  stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                                  stderr=subprocess.PIPE, text=True,
+                                  env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
         if done.returncode:
             why = done.stderr.strip().splitlines()[-1:] or ["no message"]
             if done.returncode in (2, 3):  # wrong or not finite: the same the next time
@@ -244,7 +245,7 @@ def main(argv=None):
         text = markdown(rows, PAPER.get(args.study, {}))
         write_whole(table.with_suffix(".md"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
     for group in groups if not args.table else []:
         with ThreadPoolExecutor(args.jobs) as pool:
             waiting = {pool.submit(perform, run, threads): run for run in group}
