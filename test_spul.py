@@ -1319,6 +1319,14 @@ def test_merging_an_adapter_gives_what_peft_merges(how, folder, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), got.parameters()))
 
 
+def write_lora(path, change={}, tensor=None):
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(32, 2)}
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors | ({tensor: torch.ones(2, 2)} if tensor else {}), path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | change))
+
+
 @pytest.mark.parametrize("change, tensor, message", [
     ({"use_dora": True}, None, "use_dora True is not supported"), ({"bias": "all"}, None, "bias 'all'"),
     ({"peft_type": "IA3"}, None, "only LORA"), ({"init_lora_weights": "pissa"}, None, "init_lora_weights"),
@@ -1327,10 +1335,7 @@ def test_merging_an_adapter_gives_what_peft_merges(how, folder, tmp_path):
     ({"r": 3}, None, "the configuration says rank 3"),
 ])
 def test_what_cannot_be_merged_is_refused_by_name(change, tensor, message, folder, tmp_path, capsys):
-    place = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(32, 2)}
-    save_file(tensors | ({tensor: torch.ones(2, 2)} if tensor else {}), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | change))
+    write_lora(tmp_path, change, tensor)
     assert call(finetune, "--model", folder, "--adapter", tmp_path, "--out", tmp_path / "m") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "m").exists()
 
@@ -2041,7 +2046,8 @@ def test_the_benchmark_makes_models_of_known_shapes():
 
 
 def test_importing_a_script_does_nothing():
-    code = "import sys; sys.argv = ['x', '--nonsense']; import train, eval, finetune, model, data, spul"
+    code = "import sys; sys.argv = ['x', '--nonsense']; " \
+           "import train, eval, finetune, baselines, split, plot, model, data, spul"
     done = python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -2055,10 +2061,12 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
     commands = [shlex.split(line) for line in lines if re.match(scripts, line)]
     assert len(commands) >= 6
     (tmp_path / "data.jsonl").write_text(Path(files["forget"]).read_text())
+    (tmp_path / "names.txt").write_text("red\n")
+    write_lora(tmp_path / "peft" / "lora")
     for _, script, *args in commands:
         for i, arg in enumerate(args):
             if arg.endswith(".jsonl") and arg != "data.jsonl":
-                args[i] = files[Path(arg).stem]
+                args[i] = files.get(Path(arg).stem, files["forget"])
             if args[i - 1] == "--model":
                 args[i] = folder
         fast = {"train.py": ["--epochs", 1, "--write-retain", 8], "finetune.py": ["--epochs", 1],
@@ -2074,5 +2082,5 @@ def test_the_readme_names_only_options_that_exist():
     text = (ROOT / "README.md").read_text()
     known = "".join((ROOT / name).read_text() for name in (
         "train.py", "eval.py", "finetune.py", "bench.py", "baselines.py", "split.py", "plot.py", "results/study.py"))
-    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"no-deps", "nproc"}  # pip's and torchrun's
+    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"no-deps", "nproc", "local-dir"}  # of others
     assert len(names) > 10 and not [n for n in names if f'--{n}"' not in known and f'"{n}"' not in known]
