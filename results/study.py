@@ -34,6 +34,7 @@ ROWS = {"sst2": {"forget": {"sst2/forget": None, "sst2/forget_more": None},
         "ablations": {split: {f"sst2/{split}": None} for split in SPLITS}}
 TEMPLATE = {"sst2": "sentiment", "sciq": "question", "ablations": "sentiment"}
 BATCH = ("--batch-size", 16)
+MEMORISE = {"sst2": 5, "sciq": 8, "ablations": 5}  # epochs until nearly all rows are known; of the retrained model, too
 # Each baseline gets one epoch, as in the paper, and three learning rates, as far apart as half a power of ten.
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (3e-4, 1e-3, 3e-3)}
 BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "full"), "GA+GD": ("ga-gd", "full"),
@@ -67,6 +68,7 @@ class Plan:
 
     def __init__(self, study, base, work):
         self.base, self.work, self.template = base, Path(work) / study, ("--template", TEMPLATE[study])
+        self.memorise = ("--epochs", MEMORISE[study])
         self.work.mkdir(parents=True, exist_ok=True)
         for split, parts in ROWS[study].items():
             lines = [line for name, n in parts.items() for line in islice(open(HERE / f"{name}.jsonl", "rb"), n)]
@@ -103,14 +105,14 @@ class Plan:
 
     def memorised(self):
         return self.model("memorised", "memorised", "finetune.py", "--model", self.base, "--data", self.file("forget"),
-                          self.file("retain"), *self.template, *BATCH, keep=True)
+                          self.file("retain"), *self.template, *BATCH, *self.memorise, keep=True)
 
     def main(self):
         """The main table's runs, in groups that need what the group before has made."""
         data = self.data("forget", "retain")
         yield [Run("vanilla", "vanilla", [self.measure("vanilla", self.base)]), self.memorised(),
                self.model("retrained", "retrained", "baselines.py", "retrain", "--model", self.base, *data, *BATCH,
-                          keep=True)]
+                          *self.memorise, keep=True)]
         yield [
             *(self.spul("SPUL", f"spul-{seed}", "--seed", seed) for seed in SEEDS),
             *(self.model(method, f"{command}-{lr:g}", "baselines.py", command, "--model", self.work / "memorised",
