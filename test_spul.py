@@ -1438,10 +1438,19 @@ def baseline_args(folder, files, out, *more):
 
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_the_reference_of_the_kl_is_not_the_model_that_learns(how, folder, files, tmp_path, monkeypatch):
-    values, plain = [], baselines.Terms.kl
-    monkeypatch.setattr(baselines.Terms, "kl", lambda t, *a: values.append(plain(t, *a)) or values[-1])
-    assert call(baselines, "ga-kl", *baseline_args(folder, files, tmp_path / "m", "--train", how, "--lr", "1e-3")) == 0
+    values, known, plain = [], [], baselines.Terms.kl
+
+    def spy(t, *given):
+        values.append(plain(t, *given))
+        known.append(t.known.clone())
+        return values[-1]
+
+    monkeypatch.setattr(baselines.Terms, "kl", spy)
+    assert call(baselines, "ga-kl", *baseline_args(folder, files, tmp_path / "m", "--train", how, "--lr", "1e-3",
+                                                   "--epochs", 2)) == 0
     assert values[0].item() == pytest.approx(0, abs=1e-4) and values[-1].item() > 0.01
+    first, second = (torch.cat(part) for part in (known[:7], known[7:]))  # two epochs, in other orders
+    torch.testing.assert_close(*(x[x[:, 0].argsort()] for x in (first, second)), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method, how", [(method, how) for method in baselines.LOSSES for how in ("full", "lora")])
@@ -1477,17 +1486,33 @@ def test_ascent_stops_by_its_rule_and_says_at_which_step(folder, files, tmp_path
 
 
 @pytest.mark.parametrize("how", ["full", "lora"])
-def test_sku_ends_on_the_other_side_of_where_it_started(how, folder, files, tmp_path):
-    strengths = {"0": 0.0, "0.5": -0.5, "2": -2.0}
-    for strength in strengths:
-        assert call(baselines, "sku", *baseline_args(folder, files, tmp_path / strength, "--train", how, "--lr", "1e-2",
-                                                     "--negate", strength)) == 0
-    start, *ends = (dict(Llama.from_pretrained(path).named_parameters())
-                    for path in (folder, *(tmp_path / strength for strength in strengths)))
-    name = "layers.1.mlp.up_proj.weight"
-    torch.testing.assert_close(ends[0][name], start[name])
-    assert (ends[1][name] - start[name]).abs().max() > 1e-3
-    torch.testing.assert_close(ends[2][name] - start[name], 4 * (ends[1][name] - start[name]), atol=1e-5, rtol=1e-3)
+@pytest.mark.parametrize("strength", [0, 0.5, 2])
+def test_sku_ends_on_the_other_side_of_where_it_started(strength, how, folder, files, tmp_path, monkeypatch):
+    learned, plain = [], baselines.negate
+
+    def spy(llama, *given):
+        layer = llama.layers[1].mlp.up_proj
+        learned.append(layer.weight.detach().clone() if how == "full" else
+                       layer.base.weight + layer.scale * layer.B @ layer.A)
+        plain(llama, *given)
+
+    monkeypatch.setattr(baselines, "negate", spy)
+    assert call(baselines, "sku", *baseline_args(folder, files, tmp_path / "m", "--train", how, "--lr", "1e-2",
+                                                 "--negate", strength)) == 0
+    start, end = (Llama.from_pretrained(path).layers[1].mlp.up_proj.weight for path in (folder, tmp_path / "m"))
+    assert (learned[0] - start).abs().max() > 1e-3
+    torch.testing.assert_close(end - start, -strength * (learned[0] - start), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method, label", [("llmu", "dog"), ("sku", "cat")])
+def test_random_answers_are_those_of_other_rows(method, label, folder, tmp_path, monkeypatch):
+    """llmu takes those of the retain rows, SKU those of the forget rows."""
+    files = {side: write_rows(tmp_path / f"{side}.jsonl", make_rows(10, [label], side))
+             for side, label in (("forget", "cat"), ("retain", "dog"))}
+    drawn, plain = [], baselines.with_random_answers
+    monkeypatch.setattr(baselines, "with_random_answers", lambda *a: drawn.extend(plain(*a)) or plain(*a))
+    assert call(baselines, method, *baseline_args(folder, files, tmp_path / "m", "--randoms", 2)) == 0
+    assert len(drawn) == 20 and {e.label for e in drawn} == {label}
 
 
 def test_random_answers_stand_behind_the_texts_of_forget_rows():
