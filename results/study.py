@@ -39,7 +39,8 @@ MEMORISE = {"sst2": 5, "sciq": 8, "ablations": 5}  # epochs until nearly all row
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (3e-4, 1e-3, 3e-3)}
 BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "full"), "GA+GD": ("ga-gd", "full"),
              "NPO": ("npo", "full"), "LoRA+GA": ("llmu", "lora"), "SKU": ("sku", "lora")}
-SEEDS = (0, 1, 2)  # of SPUL
+SEEDS = (0, 1, 2)  # of SPUL, which takes train.py's defaults
+ABLATION_EPOCHS = 6
 PAPER = {  # accuracy of LLaMA-2-7B in the columns' order; for "sciq" it forgets WMDP's biology and retains SciQ
     "sst2": {"vanilla": (37.50, 31.79, 37.51, 29.67), "memorised": (99.89, 99.72, 95.57, 96.07),
              "GA": (55.66, 53.93, 55.96, 56.89), "RL": (33.31, 13.82, 31.00, 14.26),
@@ -125,14 +126,16 @@ class Plan:
 
     def ablations(self):
         yield [self.memorised()]
-        runs = {"alpha 1, beta 0.5, p 30": []}
+        epochs, runs = ["--epochs", ABLATION_EPOCHS], {"alpha 1, beta 0.5, p 30": []}
         runs |= {f"alpha {a}, beta {b}": ["--alpha", a, "--beta", b]
                  for a, b in ((0.1, 0), (0.1, 1), (0.5, 0.5), (1, 0), (1, 1))}
         runs |= {f"p {p}": ["--num-tokens", p] for p in (10, 20, 40, 50)}
         runs |= {"KL after label": ["--kl-position", "after-label"]}
         runs |= {f"free vectors, lr {lr}": ["--encoder-hidden", 0, "--lr", lr] for lr in (0.01, 0.03, 0.1)}
-        yield [*(self.spul(name, name.replace(",", "").replace(" ", "-"), *options) for name, options in runs.items()),
-               *(self.spul(f"{n} % of the forget rows", f"share-{n}", forget=f"forget_{n}") for n in (25, 50))]
+        yield [*(self.spul(name, name.replace(",", "").replace(" ", "-"), *options, *epochs)
+                 for name, options in runs.items()),
+               *(self.spul(f"{n} % of the forget rows", f"share-{n}", *epochs, forget=f"forget_{n}")
+                 for n in (25, 50))]
 
 
 def perform(run, threads):
