@@ -1727,7 +1727,7 @@ def test_names_are_found_as_whole_words_in_text_and_label(tmp_path, capsys):
     texts = ["a challenging film", "Woody  ALLEN's best", "fallen", "by woody allen", "allen", "nobody"]
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": "positive", "id": i} for i, t in enumerate(texts)]
                       + [{"prompt": "who?", "completion": "Woody Allen"}])
-    (tmp_path / "names").write_text("woody allen\n\nzorro\n")
+    (tmp_path / "names").write_text("woody allen\n\nlen\nchall\n")  # whole words at both ends
     test = write_rows(tmp_path / "test.jsonl", [{"text": text, "label": "x"} for text in
                                                 ("Nobody", "woody allen!", "another")])
     assert call(splitting, rows, "--names", tmp_path / "names", "--test", test, "--out", tmp_path / "s") == 0
