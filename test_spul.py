@@ -1629,6 +1629,9 @@ def test_eco_corrupts_the_prompts_of_flagged_queries_and_nothing_else(eco, folde
     for row, e in enumerate(examples):
         n = len(e.prompt) - 1 if p[row] > guard.info["tau"] else 0
         assert torch.equal(before[row, n:], after[row, n:]) and (before[row, :n] != after[row, :n]).all()
+    for e, h in zip(examples[:3], evaluate.answer_hidden(llama, examples, embed=embed)):  # as each alone
+        alone = llama.hidden(embed([e.prompt], torch.tensor([e.ids[:-1]])))[0, -e.n :]
+        torch.testing.assert_close(h, alone, atol=1e-4, rtol=1e-4)
     want = evaluate.measure(llama, tokenizer, examples)
     got = evaluate.measure(llama, tokenizer, examples, guard=guard)
     assert got["probability"] != want["probability"]
