@@ -96,6 +96,10 @@ def start(device):
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
+        # Its functions' default argument is the group there is when it is first imported, which torch does somewhere;
+        # the group and its threads would outlive leave(), and a thread that works while Python ends aborts the process.
+        from torch.distributed.nn import functional  # noqa: F401
+
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device
 

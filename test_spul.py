@@ -1989,8 +1989,8 @@ def test_an_int8_model_keeps_no_cast_weight_and_says_nearly_the_same(folder):
     assert F.cosine_similarity(h, q, dim=-1).min() > 0.99
 
 
-def torchrun(n, *args):
-    return python("-m", "torch.distributed.run", f"--nproc_per_node={n}", "train.py", *args,
+def torchrun(n, *args, script="train.py"):
+    return python("-m", "torch.distributed.run", f"--nproc_per_node={n}", script, *args,
                   env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -2029,6 +2029,21 @@ def test_a_run_of_one_process_is_resumed_by_two(folder, files, tmp_path):
     whole, resumed = logged(tmp_path / "whole"), logged(tmp_path / "p")
     assert [line["step"] for line in whole] == [line["step"] for line in resumed]
     assert whole[-1]["loss"] == pytest.approx(resumed[-1]["loss"], rel=0.05)
+
+
+def test_several_processes_leave_no_thread_of_theirs_behind(folder, files, tmp_path):
+    """One that still works when Python ends takes the process down with it, some of the time."""
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import atexit, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import eval, train
+atexit.register(lambda: print("threads", *(f.read_text() for f in pathlib.Path("/proc/self/task").glob("*/comm"))))
+eval.run(train.main)
+""")
+    result = torchrun(2, *train_args(folder, files, tmp_path / "p", "--epochs", 1), script=script)
+    assert result.returncode == 0 and result.stdout.count("threads") == 2, result.stderr
+    assert "gloo" not in result.stdout
 
 
 def test_several_processes_refuse_what_they_do_not_do(folder, files, tmp_path, capsys):

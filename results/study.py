@@ -116,13 +116,13 @@ class Plan:
                self.model("retrained", "retrained", "baselines.py", "retrain", "--model", self.base, *data, *BATCH,
                           *self.memorise, keep=True)]
         yield [
-            *(self.spul("SPUL", f"spul-{seed}", "--seed", seed, "--epochs", SPUL_EPOCHS) for seed in SEEDS),
             *(self.model(method, f"{command}-{lr:g}", "baselines.py", command, "--model", self.work / "memorised",
                          *data, *BATCH, "--train", train, "--lr", f"{lr:g}",
                          *(["--randoms", 1] if train == "lora" else []))
               for method, (command, train) in BASELINES.items() for lr in RATES[train]),
             self.prompt("ECO", "eco", "baselines.py", "eco", *data, "--target", self.work / "retrained"),
             self.prompt("ICUL", "icul", "baselines.py", "icul", *data),
+            *(self.spul("SPUL", f"spul-{seed}", "--seed", seed, "--epochs", SPUL_EPOCHS) for seed in SEEDS),
         ]
 
     def ablations(self):
