@@ -1266,21 +1266,27 @@ def test_targets_choose_the_layers_that_get_a_lora(folder, files, tmp_path, caps
     assert "the linear layers are down_proj, gate_proj" in capsys.readouterr().err
 
 
+def stop_at(step, monkeypatch):
+    """From now on fine-tuning is interrupted once, at that step. -> the list of its steps' calls."""
+    rate, calls = finetune.learning_rate, []
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return rate(*given)
+
+    monkeypatch.setattr(finetune, "learning_rate", stop)
+    return calls
+
+
 @pytest.mark.parametrize("how", [["--dropout", "0.2"], ["--full", "--lr", "1e-3", "--dtype", "bf16"]],
                          ids=["LoRA", "full"])
 def test_memorising_goes_on_after_a_stop_as_if_there_had_been_none(how, folder, files, tmp_path, monkeypatch, capsys):
     args = ["--model", folder, "--data", files["forget"], files["retain"], "--epochs", 3, "--batch-size", 8,
             "--dtype", "fp32", *how]
     assert call(finetune, *args, "--out", tmp_path / "whole") == 0
-    rate, calls = finetune.learning_rate, []
-
-    def stop_in_the_second_epoch(*given):
-        calls.append(given)
-        if len(calls) == 10:
-            signal.raise_signal(signal.SIGINT)
-        return rate(*given)
-
-    monkeypatch.setattr(finetune, "learning_rate", stop_in_the_second_epoch)
+    calls = stop_at(10, monkeypatch)  # in the second epoch
     assert call(finetune, *args, "--out", tmp_path / "part") == 130
     assert "after step 10 of 21" in capsys.readouterr().err
     assert call(finetune, *args, "--out", tmp_path / "part") == 2 and "--resume" in capsys.readouterr().err
@@ -1526,15 +1532,7 @@ def test_a_stopped_baseline_goes_on_as_if_nothing_had_been(folder, files, tmp_pa
         return baseline_args(folder, files, tmp_path / out, "--dropout", "0.1", "--train", "lora", "--epochs", 2)
 
     assert call(baselines, "llmu", *args("whole")) == 0
-    rate, calls = finetune.learning_rate, []
-
-    def stop(*given):
-        calls.append(given)
-        if len(calls) == 9:
-            signal.raise_signal(signal.SIGINT)
-        return rate(*given)
-
-    monkeypatch.setattr(finetune, "learning_rate", stop)
+    calls = stop_at(9, monkeypatch)
     assert call(baselines, "llmu", *args("part")) == 130 and "after step 9 of 14" in capsys.readouterr().err
     assert call(baselines, "llmu", *args("part"), "--resume") == 0
     whole, part = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "part"))
