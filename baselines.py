@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 import guards
-from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_sets,
-                  read_template)
+from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_generic,
+                  read_sets, read_template)
 from eval import Parser, add_options, answer_hidden, filled, hardware, load_model, measure, number, row_limit, run
 from files import weight_files
 from finetune import (Lora, accuracy, add_lora_options, check_model_out, fit, make_trainable, memorise, save_model,
@@ -337,7 +337,8 @@ def parse(argv):
     group.add_argument("--lr", type=number(float, 0, above=True), help="peak (default 1e-5, with LoRA 1e-4; search it)")
     group.add_argument("--epochs", type=number(int, 1), help="default 1, as the paper; retrain 5")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    group.add_argument("--generic", default="neutral,unknown", metavar="A,B", help="rl: answers for the forget rows")
+    group.add_argument("--generic", default="neutral,unknown", metavar="A,B|FILE",
+                       help="rl: answers for the forget rows")
     group.add_argument("--stop-ce", type=number(float, 0), metavar="NATS",
                        help="stop once the forget rows' cross-entropy is above; 0: never (default ga: that of a guess "
                        "over the whole vocabulary; others: never)")
@@ -371,7 +372,7 @@ def parse(argv):
         weight_files(args.target)  # a model folder then, or said to be none
     if isinstance(args.target, float) and not 0 <= args.target <= 1:
         raise ValueError(f"--target {args.target:g}: an accuracy is from 0 to 1")
-    args.generic = [word.strip() for word in args.generic.split(",") if word.strip()]
+    args.generic = read_generic(args.generic)
     args.template = read_template(args.template or "sentiment")
     return args
 
@@ -391,8 +392,6 @@ def main(argv=None):
         args.data, args.epochs = [args.retain or args.forget], args.epochs or 5
         return memorise(args, retain, going_on)
     if args.method == "rl":
-        if not args.generic:
-            raise ValueError("--generic: at least one answer is needed")
         check_generic(forget, args.generic)
     args.lr, args.epochs = args.lr or (1e-4 if args.train == "lora" else 1e-5), args.epochs or 1
     model, tokenizer = load_model(args)

@@ -115,6 +115,18 @@ def check_disjoint(forget, retain):
             raise ValueError(f"{row.where}: the same text as {seen[row.key]}, which is to be forgotten: drop one")
 
 
+def read_generic(spec):
+    """The generic answers, "A,B,..." or a file with one on each line, each once."""
+    try:
+        words = Path(spec).read_text(encoding="utf-8").splitlines() if Path(spec).is_file() else spec.split(",")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{spec}: not UTF-8 (byte {e.start})") from None
+    words = list(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not words:
+        raise ValueError(f"--generic {spec}: at least one answer is needed")
+    return words
+
+
 def check_generic(rows, generic):
     """Raises ValueError if a row's own answer is among the generic ones."""
     for row in rows:
@@ -154,7 +166,8 @@ class Tokenizer:
     """The tokenizer of a model folder: tokenizer.model (sentencepiece) or, without one, tokenizer.json (tokenizers).
 
     Text that looks like a special token is text like any other (but not if tokenizer.json adds it as no special one).
-    `bos` is what stands in front of every text, a list of ids or none; `size` counts the ids, those added apart.
+    `bos` is what stands in front of every text, a list of ids or none; `size` counts the ids, those added apart;
+    `special` are the ids that stand for no text.
     """
 
     def __init__(self, folder):
@@ -178,6 +191,8 @@ class Tokenizer:
         add_bos = not settings.is_file() or read_json(settings).get("add_bos_token") in (True, None)
         self.bos = [pieces.bos_id()] if add_bos and pieces.bos_id() >= 0 else []
         self.size, self.encode = pieces.get_piece_size(), pieces.encode
+        self.special = {i for i in range(self.size)
+                        if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) or pieces.is_byte(i)}
         self.decode = lambda ids: pieces.decode([i for i in ids if i < self.size])  # a model's table may be longer
 
     def _load_tokenizers(self, file):
@@ -196,6 +211,7 @@ class Tokenizer:
         self.bos = framed[: next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)]
         self.encode = lambda text: bpe.encode(text, add_special_tokens=False).ids
         self.size, self.decode = bpe.get_vocab_size(with_added_tokens=False), bpe.decode
+        self.special = {i for i, token in bpe.get_added_tokens_decoder().items() if token.special}
 
     def encode_inside(self, text):
         """The ids of text as it stands behind other text: without the space that sentencepiece puts in front."""
@@ -214,6 +230,7 @@ class Example:
     n: int
     label: str
     forget: bool  # scored by L_f, else by L_r and L_kl
+    text: tuple = (0, 0)  # from where to where ids are the text's own, neither template nor answer
 
     @property
     def prompt(self):
@@ -249,7 +266,10 @@ def make_example(row, tokenizer, template, max_length, forget=False, label=None)
                              f"over the limit of {max_length}: raise --max-length or shorten the answer")
     if not ids or not answer:
         raise ValueError(f"{row.where}: {'the answer has no tokens' if ids else 'an empty prompt, and no BOS either'}")
-    return Example(tuple(ids + answer), len(answer), label or row.label, forget), length < len(row.text)
+    first = len(os.path.commonprefix([ids, tokenizer.bos + tokenizer.encode(before)]))
+    behind = len(os.path.commonprefix([ids[first:][::-1], tokenizer.encode_inside(after)[::-1]]))
+    return (Example(tuple(ids + answer), len(answer), label or row.label, forget, (first, len(ids) - behind)),
+            length < len(row.text))
 
 
 def make_examples(rows, tokenizer, template, max_length, forget=False, generic=None, rng=None):
@@ -268,6 +288,7 @@ class Batch:
 
     front: tuple  # ids that every row begins with, left out below: `Llama.prefix` computes them once for all
     tokens: torch.Tensor  # (B, T), the rest of each row
+    text: torch.Tensor  # (B, T), True where they are the text's own
     rows: torch.Tensor  # (N,), which row
     columns: torch.Tensor  # (N,), the position that predicts it: one before its own
     targets: torch.Tensor  # (N,), the answer's ids
@@ -292,13 +313,17 @@ def collate(examples, device="cpu", front=(), last=False):
     """
     texts = [e.ids[len(front) : len(e.ids) if last else -1] for e in examples]
     tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)  # (B, T)
+    text = torch.zeros_like(tokens, dtype=torch.bool)
     for row, ids in enumerate(texts):
         tokens[row, : len(ids)] = torch.tensor(ids)
+        begin, end = (max(0, i - len(front)) for i in examples[row].text)
+        text[row, begin:end] = True
     scored = [(row, len(e.ids) - e.n - 1 + i - len(front), e.ids[len(e.ids) - e.n + i], e.forget)
               for row, e in enumerate(examples) for i in range(e.n)]
     rows, columns, targets, forget = torch.tensor(scored).T.to(device)  # (N,) each
     n_f = sum(e.forget for e in examples)
-    return Batch(front, tokens.to(device), rows, columns, targets, forget.bool(), n_f, len(examples) - n_f)
+    return Batch(front, tokens.to(device), text.to(device), rows, columns, targets, forget.bool(), n_f,
+                 len(examples) - n_f)
 
 
 def continuations(model, prompts, n, prefix=None, embed=None, **how):

@@ -17,6 +17,8 @@ Letters: p prompt tokens, d width, N answer tokens of a batch, V vocabulary.
 
 import hashlib
 import json
+import math
+import random
 from pathlib import Path
 
 import safetensors
@@ -78,6 +80,82 @@ def kl_loss(logits, teacher, n):
 def spul_loss(loss_f, loss_r, loss_kl, alpha, beta):
     """L = L_f + alpha L_r + beta L_kl."""
     return loss_f + alpha * loss_r + beta * loss_kl
+
+
+# ------------------------------------------------------------------------------------- corruption while training
+# Not the paper's: a prompt that has seen its queries changed should forget when they come changed. Forget and retain
+# rows alike, so that neither side can be told by it; text (B, T) is True at what may be changed, a row's own text.
+
+CORRUPTIONS = {"none": 0.0, "noise": 0.3, "adversarial": 0.3, "semantic": 0.2}  # and the strength, if none is given
+
+
+def noise(e, text, strength, unit, draws):
+    """e + s u z: embeddings e (B, T, d), z ~ N(0, I) from each row's own generator in draws, u = unit the root mean
+    square of the embedding table's entries."""
+    e = e.clone()
+    for row, draw in enumerate(draws):
+        here = e[row, text[row]]  # (t, d)
+        e[row, text[row]] = here + strength * unit * torch.randn(
+            here.shape, generator=draw, device=e.device).to(e.dtype)
+    return e
+
+
+def adversarial(e, text, strength, g):
+    """e + s mean|e| g / |g|, g (B, T, d) the gradient of each row's own loss: every token's step has the same length,
+    s of the mean length of the batch's embeddings. A token without a gradient stays."""
+    length = e.float().norm(dim=-1)[text].mean()
+    step = strength * length * F.normalize(g.float(), dim=-1) * text[..., None]  # (B, T, d)
+    return e + step.to(e.dtype)
+
+
+def neighbours(table, ids, special, k=5):
+    """The embedding table (V, d) and ids of interest -> (V, k), each one's nearest by cosine, special tokens and itself
+    left out; the rows of other ids, and of special ones, hold the id itself."""
+    near = torch.arange(len(table), device=table.device)[:, None].repeat(1, k)  # (V, k)
+    unit, out = F.normalize(table.float(), dim=-1), torch.tensor(sorted(special), dtype=torch.long, device=table.device)
+    for part in torch.tensor(sorted(set(ids) - set(special)), dtype=torch.long, device=table.device).split(512):
+        cosine = unit[part] @ unit.T  # (512, V)
+        cosine[:, out] = cosine[torch.arange(len(part)), part] = -math.inf
+        near[part] = cosine.topk(k, dim=-1).indices
+    return near
+
+
+def semantic(tokens, text, strength, near, draws):
+    """Tokens (B, T), each of which becomes, with probability s, one of its k neighbours in near (V, k)."""
+    tokens = tokens.clone()
+    for row, draw in enumerate(draws):
+        here = tokens[row, text[row]]  # (t,)
+        hit = torch.rand(len(here), generator=draw, device=tokens.device) < strength
+        which = torch.randint(near.shape[1], (len(here),), generator=draw, device=tokens.device)
+        tokens[row, text[row]] = torch.where(hit, near[here, which], here)
+    return tokens
+
+
+def corruption(model, kind, strength, seed, table, examples, special):
+    """-> a function of a batch, the prompt's front, the step and the rows' numbers, which changes the rows' own texts:
+    what it gives stands in for their tokens, new at each step. table: the token embeddings (V, d). None for "none".
+
+    Only the prompted model reads it. L_kl's teacher has read the query as it was: it is to be answered like that.
+    """
+    if kind == "none":
+        return None
+    unit = table.float().square().mean().sqrt()
+    ids = {i for e in examples for i in e.ids[slice(*e.text)]} if kind == "semantic" else ()
+    near = neighbours(table, ids, special)
+
+    def corrupt(batch, front, step, rows):
+        seeds = [random.Random(f"corrupt {seed} {step} {row}").getrandbits(62) for row in rows]
+        draws = [torch.Generator(model.device).manual_seed(s) for s in seeds]
+        if kind == "semantic":
+            return semantic(batch.tokens, batch.text, strength, near, draws)
+        e = model.front(ids=batch.tokens.flatten().tolist()).unflatten(0, batch.tokens.shape).detach()  # (B, T, d)
+        if kind == "noise":
+            return noise(e, batch.text, strength, unit, draws)
+        logits = model.head(model.hidden(e.requires_grad_(), front, batch.at))  # (N, V)
+        own = F.cross_entropy(logits, batch.targets, reduction="sum")  # each row's L_f or L_r, whichever is its
+        return adversarial(e.detach(), batch.text, strength, torch.autograd.grad(own, e)[0])
+
+    return corrupt
 
 
 # ---------------------------------------------------------------------------------------------- the prompt on disk

@@ -661,6 +661,93 @@ def test_a_batch_without_rows_of_one_side_trains_on_the_other(n_f, n_r, zero, po
     assert not torch.equal(prompt(), before)
 
 
+def test_an_example_knows_which_of_its_tokens_are_the_texts_own(tokenizer, bpe_folder):
+    row = Row("a film by john smith", "positive", "f:1")
+    for tok in (tokenizer, Tokenizer(bpe_folder)):
+        e, _ = make_example(row, tok, data.TEMPLATES["sentiment"], 512)
+        begin, end = e.text
+        assert tok.decode(list(e.ids[begin:end])).strip() == row.text
+        assert tok.decode(list(e.ids[:begin])).strip() == "### Text:"
+        assert tok.decode(list(e.ids[end:])).strip().startswith("### Question: What is the sentiment")
+        e, _ = make_example(Row("say it", " no", "f:1", raw=True), tok, None, 512)
+        assert e.text == (len(tok.bos), len(e.ids) - e.n)
+        e, _ = make_example(row, tok, data.TEMPLATES["sentiment"], 512)
+        batch = collate([e, e], front=e.ids[:3])
+        assert tok.decode(batch.tokens[1][batch.text[1]].tolist()).strip() == row.text
+
+
+def draws(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_noise_has_the_size_asked_for_and_falls_on_the_text_alone():
+    e, text = vectors(800, 64).detach().view(2, 400, 64), torch.zeros(2, 400, dtype=torch.bool)
+    text[0, 10:390], text[1, 100:200] = True, True
+    change = spul.noise(e, text, 0.3, 0.5, draws(1, 2)) - e
+    assert not change[~text].any()
+    assert change[text].std() == pytest.approx(0.15, rel=0.02) and abs(change[text].mean()) < 0.005
+    assert (change[text] / 0.15).pow(4).mean() == pytest.approx(3, rel=0.05)  # the fourth moment of a normal variable
+    alone = spul.noise(e[1:, :250], text[1:, :250], 0.3, 0.5, draws(2)) - e[1:, :250]
+    assert torch.equal(alone, change[1:, :250])  # whatever else is in the batch
+
+
+def test_tokens_become_near_ones_at_the_rate_asked_for():
+    table = vectors(40, 16).detach()
+    near = spul.neighbours(table, range(30), special={0, 1, 7}, k=3)
+    for i in range(40):
+        others = [j for j in range(40) if j not in (0, 1, 7, i)]
+        likest = sorted(others, key=lambda j: -F.cosine_similarity(table[i], table[j], dim=0))[:3]
+        assert near[i].tolist() == (likest if i < 30 and i not in (0, 1, 7) else [i] * 3)
+    tokens, text = torch.full((2, 5000), 9), torch.ones(2, 5000, dtype=torch.bool)
+    text[:, :1000] = False
+    new = spul.semantic(tokens, text, 0.2, near, draws(1, 2))
+    assert not (new != tokens)[~text].any() and torch.equal(tokens, torch.full((2, 5000), 9))
+    hit = new[text] != 9
+    assert hit.float().mean() == pytest.approx(0.2, abs=0.015)
+    counts = torch.stack([(new[text] == j).float().mean() for j in near[9]])
+    torch.testing.assert_close(counts, torch.full((3,), 0.2 / 3), atol=0.01, rtol=0)
+
+
+def test_the_adversarial_step_climbs_each_rows_own_loss():
+    """Against the gradient of whole rows, one at a time, with the prompt repeated in front of each."""
+    llama, prompt, examples = tiny(), SoftPrompt(4, 32, 8), small_batch(2, 3)
+    examples = [dataclasses.replace(e, text=(1, len(e.ids) - e.n)) for e in examples]
+    batch, seen = collate(examples), []
+    corrupt = spul.corruption(llama, "adversarial", 0.25, 0, llama.embed_tokens.weight, examples, set())
+    front = llama.front(prompt()).detach()
+    changed = corrupt(batch, front, step=3, rows=range(5))
+    e0 = llama.embed_tokens(batch.tokens).detach()
+    length = torch.cat([e0[i, 1 : len(e.ids) - e.n] for i, e in enumerate(examples)]).norm(dim=-1).mean()
+
+    def own(e, i):
+        x = torch.cat([front, e[: len(examples[i].ids) - 1]])[None]
+        log_q = F.log_softmax(llama.head(llama.hidden(x)), -1)[0, len(front) :]
+        ids, n = examples[i].ids, examples[i].n
+        return -sum(log_q[t - 1, ids[t]] for t in range(len(ids) - n, len(ids)))
+
+    for i, e in enumerate(examples):
+        x = e0[i].clone().requires_grad_()
+        g, = torch.autograd.grad(own(x, i), x)
+        inside = slice(1, len(e.ids) - e.n)
+        step = torch.zeros_like(x)
+        step[inside] = 0.25 * length * F.normalize(g[inside], dim=-1)
+        torch.testing.assert_close(changed[i] - e0[i], step, atol=1e-4, rtol=1e-3)
+        seen.append((own(e0[i] + 0.01 * step, i) - own(e0[i], i)).item())
+    assert min(seen) > 0 and not changed.requires_grad
+
+
+def test_corruption_changes_what_the_prompt_reads_and_not_what_is_asked_of_it():
+    llama, prompt, examples = tiny(), SoftPrompt(4, 32, 8), small_batch(2, 3)
+    examples = [dataclasses.replace(e, text=(1, len(e.ids) - e.n)) for e in examples]
+    teacher = teacher_of(llama, examples)
+    plain = train.losses(llama, prompt, collate(examples), teacher)["loss"]
+    same = train.losses(llama, prompt, collate(examples), teacher, corrupt=lambda batch, front: batch.tokens)["loss"]
+    assert torch.equal(plain, same)
+    other = [dataclasses.replace(e, ids=(e.ids[0], 5, *e.ids[2:])) for e in examples]
+    read = train.losses(llama, prompt, collate(examples), teacher, corrupt=lambda b, f: collate(other).tokens)
+    torch.testing.assert_close(read, train.losses(llama, prompt, collate(other), teacher))
+
+
 def test_the_learning_rate_rises_over_a_tenth_and_falls_to_nothing():
     rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == 0.2 and rates[9] == 2.0 and rates[10] == 2.0 and rates[99] < 0.001
@@ -875,6 +962,27 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(folder, files, tmp_path):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize("kind", ["noise", "adversarial", "semantic"])
+def test_corruption_is_drawn_anew_at_each_step_and_again_after_a_stop(kind, folder, files, tmp_path, monkeypatch):
+    def args(name, *more):
+        return train_args(folder, files, tmp_path / name, "--epochs", 2, "--corrupt", kind, *more)
+
+    rate, calls = train.learning_rate, []
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return rate(*given)
+
+    assert call(train, *args("whole")) == 0
+    monkeypatch.setattr(train, "learning_rate", stop)
+    assert call(train, *args("part")) == 130 and call(train, *args("part", "--resume")) == 0
+    assert torch.equal(phi_of(tmp_path / "whole"), phi_of(tmp_path / "part"))
+    assert call(train, *args("strong", "--corrupt-strength", 0.9)) == 0
+    assert not torch.equal(phi_of(tmp_path / "whole"), phi_of(tmp_path / "strong"))
+
+
 def test_a_kill_before_the_first_file_is_whole_can_be_resumed(folder, files, tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / ".log.jsonl.tmp").write_text("")
@@ -925,10 +1033,17 @@ def test_the_same_seed_gives_the_same_prompt_and_another_another(folder, files, 
 @pytest.mark.parametrize("options", [["--encoder-hidden", 0, "--lr", "0.1"], ["--kl-position", "after-label"],
                                      ["--forget-per-batch", 3], ["--dtype", "bf16"], ["--alpha", 0, "--beta", 0],
                                      ["--generic", "None"], ["--template", "question"], ["--max-length", 32],
-                                     ["--recompute"], ["--quantize", "int8"]], ids=str)
+                                     ["--recompute"], ["--quantize", "int8"],
+                                     ["--corrupt", "adversarial", "--recompute"]], ids=str)
 def test_every_option_trains(options, folder, files, tmp_path):
     assert call(train, *train_args(folder, files, tmp_path / "p", *options)) == 0
     assert phi_of(tmp_path / "p").isfinite().all()
+
+
+def test_generic_answers_may_come_from_a_file_a_line_each(folder, files, tmp_path):
+    (tmp_path / "answers.txt").write_text("I do not know.\n\nThat, I cannot say.\nI do not know.\n")
+    assert call(train, *train_args(folder, files, tmp_path / "p", "--generic", tmp_path / "answers.txt")) == 0
+    assert spul.load_prompt(tmp_path / "p")[1]["generic"] == ["I do not know.", "That, I cannot say."]
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):
@@ -977,6 +1092,11 @@ def bad_index(weight_map):
 
 def option(**options):
     return lambda tmp_path, folder, files: {f"--{k.replace('_', '-')}": v for k, v in options.items()}
+
+
+def empty_generic(tmp_path, folder, files):
+    (tmp_path / "answers.txt").write_text(" \n\n")
+    return {"--generic": tmp_path / "answers.txt"}
 
 
 def finished_out(tmp_path, folder, files):
@@ -1110,6 +1230,9 @@ BAD = {
     "an option that is none": (option(frobnicate=1), r"--frobnicate"),
     "a KL position that is none": (option(kl_position="left"), r"--kl-position"),
     "no generic answer": (option(generic=","), r"--generic"),
+    "an empty file of generic answers": (empty_generic, r"--generic .*at least one"),
+    "a strength without corruption": (option(corrupt_strength=1), r"--corrupt-strength: needs --corrupt"),
+    "more tokens to be replaced than there are": (option(corrupt="semantic", corrupt_strength=2), r"at most 1"),
     "a template without its text": (option(template="Review: "), r"--template.*\{text\} exactly once"),
     "a template with a label": (option(template="{text} {label}"), r"\{label\}"),
     "a device that is none": (option(device="abacus"), r"--device abacus"),

@@ -19,14 +19,15 @@ import random
 import signal
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import spul
-from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_rows,
-                  read_template, write_retain)
+from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_generic,
+                  read_rows, read_template, write_retain)
 from eval import (DEMO, Parser, add_options, answer_hidden, filled, hardware, label_set, load_model, measure, number,
                    read_splits, row_limit, run, table, use_demo)
 from files import write_whole
@@ -42,17 +43,19 @@ SAVE_EVERY = 50  # steps; what a kill can cost
 # --------------------------------------------------------------------------------------------------- one step
 
 
-def losses(model, prompt, batch, teacher, alpha=1.0, beta=0.5, kl_position="aligned"):
+def losses(model, prompt, batch, teacher, alpha=1.0, beta=0.5, kl_position="aligned", corrupt=None):
     """L and its parts for one batch, {"loss", "loss_f", "loss_r", "loss_kl"}, each a scalar with its graph.
 
     teacher: final-norm outputs of the model without the prompt, (N_r, d), for the batch's retain answer tokens.
+    corrupt(batch, front): what the model reads in place of the batch's tokens, of `spul.corruption`.
     """
     retain = ~batch.forget  # (N,)
     rows, columns = batch.at
     if kl_position == "after-label":  # the released code: one position late
         rows, columns = torch.cat([rows, rows[retain]]), torch.cat([columns, columns[retain] + 1])
     front = model.front(prompt(), batch.front)  # (p, d)
-    h = model.hidden(batch.tokens, front, (rows, columns))  # (N, d), then (N_r, d) if after the label
+    tokens = corrupt(batch, front.detach()) if corrupt else batch.tokens
+    h = model.hidden(tokens, front, (rows, columns))  # (N, d), then (N_r, d) if after the label
     logits, known = model.head(torch.cat([h, teacher])).split([len(h), len(teacher)])  # (.., V); read the head once
     logits, student = logits[: len(retain)], logits[len(retain) :]  # (N, V) and, after the label, (N_r, V)
     student = student if kl_position == "after-label" else logits[retain]  # (N_r, V)
@@ -63,13 +66,13 @@ def losses(model, prompt, batch, teacher, alpha=1.0, beta=0.5, kl_position="alig
             "loss_kl": loss_kl}
 
 
-def train_step(model, prompt, optimizer, batch, teacher, alpha=1.0, beta=0.5, kl_position="aligned"):
+def train_step(model, prompt, optimizer, batch, teacher, alpha=1.0, beta=0.5, kl_position="aligned", corrupt=None):
     """One update of the prompt -> the losses and the gradient's norm as floats.
 
     With several processes each gives its own rows, and n_f and n_r of all: losses and gradients are then sums over the
     processes. Raises FloatingPointError, with the prompt as it was, if one of them is not finite.
     """
-    terms = losses(model, prompt, batch, teacher, alpha, beta, kl_position)
+    terms = losses(model, prompt, batch, teacher, alpha, beta, kl_position, corrupt)
     optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     sums = torch.stack([t.detach() for t in terms.values()])
@@ -116,11 +119,11 @@ def interrupt():
 
 
 def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch_size, seed, alpha, beta, kl_position,
-        forget_per_batch=None, resume=False):
+        forget_per_batch=None, resume=False, corrupt=None):
     """Train the prompt on all epochs, with a log line a step and a state every SAVE_EVERY steps in the folder out.
 
-    teacher: {index of a retain example: (n, d)}. description goes into the state, for whoever resumes. Raises
-    KeyboardInterrupt once the state is saved, FloatingPointError with step and likely cause.
+    teacher: {index of a retain example: (n, d)}. corrupt: of `spul.corruption`. description goes into the state, for
+    whoever resumes. Raises KeyboardInterrupt once the state is saved, FloatingPointError with step and likely cause.
     """
     optimizer, start = make_optimizer(prompt, lr), 0
     plan = [batch for epoch in range(epochs)
@@ -154,7 +157,8 @@ def fit(model, prompt, examples, teacher, out, description, *, lr, epochs, batch
                 report = train_step(model, prompt, optimizer, batch,
                                     torch.cat(known) if known else torch.zeros(
                                         0, model.config.hidden_size, dtype=model.dtype, device=model.device),
-                                    alpha, beta, kl_position)
+                                    alpha, beta, kl_position,
+                                    corrupt and partial(corrupt, step=step, rows=mine))
             except FloatingPointError as e:
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):
                     save(step)
@@ -234,8 +238,15 @@ def parse(argv):
     group.add_argument("--beta", type=number(float, 0), default=0.5, help="weight of L_kl (default 0.5, paper)")
     group.add_argument("--kl-position", choices=["aligned", "after-label"], default="aligned",
                        help="compare where the answer is predicted, or after it as the released code does")
-    group.add_argument("--generic", default="neutral,unknown", metavar="A,B",
-                       help="answers for what is forgotten, one drawn per row (default neutral,unknown, paper)")
+    group.add_argument("--generic", default="neutral,unknown", metavar="A,B|FILE",
+                       help="answers for what is forgotten, one drawn per row (default neutral,unknown, paper); of a "
+                       "file each line is one")
+    group.add_argument("--corrupt", choices=spul.CORRUPTIONS, default="none",
+                       help="change the texts' embeddings, or tokens, anew at each step: for a prompt that withstands "
+                       "changed queries (default none, paper)")
+    group.add_argument("--corrupt-strength", type=number(float, 0), metavar="S",
+                       help="noise: of the embeddings' size; adversarial: of their length; semantic: share of tokens "
+                       f"(default {', '.join(f'{n} {s:g}' for n, s in spul.CORRUPTIONS.items() if s)})")
     group.add_argument("--write-retain", type=number(int, 1), default=256, metavar="N",
                        help="without --retain: texts that the model writes itself (default 256)")
     group = parser.add_argument_group("training")
@@ -258,9 +269,11 @@ def parse(argv):
             raise ValueError(f"--{name} is missing: train.py needs --model DIR and --forget FILE")
     args.out = args.out or (str(DEMO / "prompt") if demo else "prompt")
     args.template = read_template(args.template or "sentiment")
-    args.generic = list(dict.fromkeys(word.strip() for word in args.generic.split(",") if word.strip()))
-    if not args.generic:
-        raise ValueError("--generic: at least one answer is needed")
+    args.generic = read_generic(args.generic)
+    if args.corrupt_strength is None:
+        args.corrupt_strength = spul.CORRUPTIONS[args.corrupt]
+    elif args.corrupt == "none" or args.corrupt == "semantic" and args.corrupt_strength > 1:
+        raise ValueError("--corrupt-strength: needs --corrupt noise, adversarial or semantic, the last at most 1")
     if args.forget_per_batch and args.forget_per_batch >= args.batch_size:
         raise ValueError(f"--forget-per-batch {args.forget_per_batch} leaves no room in --batch-size {args.batch_size}")
     return args, demo
@@ -311,8 +324,8 @@ def describe(args, demo, model, prompt, table, forget, retain, cut, steps):
         f"memory   about {(weights + step) / 1e9:.2g} GB{' in each process' * (n > 1)}: weights {weights / 1e9:.2g}, "
         f"a step on the longest rows {step / 1e9:.2g}\n"
         f"run      {str(model.dtype)[6:]} on {model.device}{f', {n} processes' * (n > 1)}, {steps} steps in "
-        f"{args.epochs} epochs, lr {args.lr:g}, alpha {args.alpha:g}, beta {args.beta:g}, seed {args.seed} -> "
-        f"{args.out}")
+        f"{args.epochs} epochs, lr {args.lr:g}, alpha {args.alpha:g}, beta {args.beta:g}, seed {args.seed}"
+        f"{f', corrupt {args.corrupt} {args.corrupt_strength:g}' * (args.corrupt != 'none')} -> {args.out}")
 
 
 def main(argv=None):
@@ -345,8 +358,9 @@ def main(argv=None):
     embeddings = whole(model.embed_tokens.weight)
     prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden, embeddings).to(model.device)
     options = {name: getattr(args, name) for name in (
-        "num_tokens", "encoder_hidden", "alpha", "beta", "kl_position", "generic", "lr", "epochs", "batch_size",
-        "forget_per_batch", "max_length", "template", "seed", "quantize")} | {"dtype": str(model.dtype)}
+        "num_tokens", "encoder_hidden", "alpha", "beta", "kl_position", "corrupt", "corrupt_strength", "generic", "lr",
+        "epochs", "batch_size", "forget_per_batch", "max_length", "template", "seed", "quantize")}
+    options["dtype"] = str(model.dtype)
     description = {"base_sha256": base_sha256, "options": options,
                    "data_sha256": hashlib.sha256(repr(examples).encode()).hexdigest()}
     if going_on == "resume":
@@ -379,7 +393,9 @@ def main(argv=None):
             write_whole(out / "retain.jsonl", lambda temporary: temporary.write_text(text))
     fit(model, prompt, examples, teacher, out, description, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size,
         seed=args.seed, alpha=args.alpha, beta=args.beta, kl_position=args.kl_position,
-        forget_per_batch=args.forget_per_batch, resume=going_on == "resume")
+        forget_per_batch=args.forget_per_batch, resume=going_on == "resume",
+        corrupt=spul.corruption(model, args.corrupt, args.corrupt_strength, args.seed, embeddings, examples,
+                           tokenizer.special | set(range(tokenizer.size, len(embeddings)))))
     phi = prompt().detach()
     after = {name: measure(model, tokenizer, rows, phi=phi, **how) for name, (rows, _) in true.items()}
     if rank:
