@@ -265,6 +265,24 @@ def row_limit(args, p):
     return min(args.max_length, longest - p)
 
 
+def load_prompts(folders, config, base_sha256):
+    """Prompts for one model, which go in front one behind the other -> phi (p, d) of all and what spul.json says of
+    them together. Raises ValueError if one is not for this model, or if they cannot stand together."""
+    loaded = [load_prompt(folder, base_sha256) for folder in folders]
+    (_, info), name = loaded[0], folders[0]
+    for folder, (phi, other) in zip(folders, loaded):
+        if phi.shape[1] != config.hidden_size:
+            raise ValueError(f"{folder}: vectors of width {phi.shape[1]}, the model's is {config.hidden_size}")
+        if other["template"] != info["template"]:
+            raise ValueError(f"{folder}: another template than {name}'s: they cannot stand in front of one query")
+    infos = [info for _, info in loaded]
+    words = {key: list(dict.fromkeys(word for info in infos for word in info.get(key) or []))
+             for key in ("generic", "labels")}
+    cost = {key: combine(info[key] for info in infos) for key, combine in zip(COSTS, (sum, sum, max))
+            if all(key in info for info in infos)}
+    return torch.cat([phi for phi, _ in loaded]), {**info, **words, **cost}
+
+
 def read_splits(args):
     """-> {name: rows} of the files given, checked against nothing yet."""
     splits = {}
@@ -320,12 +338,13 @@ def main(argv=None):
     parser = Parser(__doc__)
     add_options(parser)
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--prompt", type=filled, metavar="DIR", help="of train.py, or of baselines.py eco or icul")
+    group.add_argument("--prompt", type=filled, action="append", metavar="DIR",
+                       help="of train.py, several times for several one behind the other; or of baselines.py eco, icul")
     group.add_argument("--ask", metavar="TEXT", help="show the answers to one text instead")
     group.add_argument("--json", type=filled, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     if use_demo(args) and not args.prompt and (DEMO / "prompt" / "spul.json").exists():
-        args.prompt = str(DEMO / "prompt")
+        args.prompt = [str(DEMO / "prompt")]
     splits = {} if args.ask is not None else read_splits(args)
     if not splits and args.ask is None:
         raise ValueError("nothing to measure: give --forget, --retain, --test-forget, --test-retain or --ask")
@@ -335,10 +354,13 @@ def main(argv=None):
         raise ValueError(f"--json {args.json}: a folder, or in none")
 
     phi, guard, info, cost = None, None, {}, Path(args.model) / "run.json"
-    if args.prompt and guards.is_guard(args.prompt):
-        guard, info = guards.load(args.prompt, fingerprint(args.model))
+    if args.prompt and any(map(guards.is_guard, args.prompt)):
+        if len(args.prompt) > 1:
+            raise ValueError(f"--prompt {args.prompt[1]}: eco and icul do not go with another prompt")
+        guard, info = guards.load(args.prompt[0], fingerprint(args.model))
     elif args.prompt:
-        phi, info = load_prompt(args.prompt, fingerprint(args.model))
+        config = Config.from_file(Path(args.model) / "config.json")
+        phi, info = load_prompts(args.prompt, config, fingerprint(args.model))
     cost = info or (read_json(cost) if cost.is_file() else {})
     cost = {name: cost.get(name) for name in COSTS if cost.get(name) is not None}
     template = args.template and read_template(args.template)
@@ -346,8 +368,6 @@ def main(argv=None):
         template = info["template"] or "{text}" if info else read_template("sentiment")
     generic = info.get("generic", [])
     model, tokenizer = load_model(args)
-    if phi is not None and phi.shape[1] != model.config.hidden_size:
-        raise ValueError(f"{args.prompt}: vectors of width {phi.shape[1]}, the model's is {model.config.hidden_size}")
     phi = None if phi is None else phi.to(model.device)
 
     if args.ask is not None:

@@ -281,7 +281,7 @@ class Layer(nn.Module):
         -> the layer's output (n, d), and all keys and values in sight of the rows, (B, G, S, c) each.
 
         masks: of the rows (B, 1, T, S), and of the shared tokens (1, 1, p, p).
-        past: keys and values that stand in front, (G, p, c), the same for every row, or (B, G, p, c).
+        past: keys and values that stand in front, (G, p, c) or (1, G, p, c), the same for every row, or (B, G, p, c).
         pick: (B A,), only these tokens go on, A of each row; the output is (B A, d).
         """
         y, kv = self.self_attn(self.input_layernorm(x), rope, masks, shape, past, pick)
@@ -322,13 +322,13 @@ class Llama(nn.Module):
         """What stands in front of every text, (p, d): prompt vectors phi, if any, and the embeddings of ids with which
         all texts begin, which count into p and are then left out of the texts that `hidden` is given."""
         x = self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
-        return x if phi is None else torch.cat([phi.to(self.dtype), x])
+        return x if phi is None else torch.cat([phi.to(self.dtype), x.expand(*phi.shape[:-2], -1, -1)], dim=-2)
 
     def prefix(self, phi=None, ids=()):
-        """What any text attends to behind `front(phi, ids)`: one (k, v) per layer, (G, p, c) each."""
+        """Each layer's keys and values of `front(phi, ids)`, (1, G, p, c); of phi (B, p, d), one a row, (B, ...)."""
         x = self.front(phi, ids)
-        positions = torch.arange(len(x), device=self.device)[None]  # (1, p)
-        return [(k[0], v[0]) for k, v in self._run(x[None], positions, positions)[1]]
+        positions = torch.arange(x.shape[-2], device=self.device)[None]  # (1, p)
+        return self._run(x if x.dim() == 3 else x[None], positions, positions)[1]
 
     def hidden(self, tokens, prefix=None, at=None):
         """tokens (B, T), padded on the right, or their embeddings (B, T, d) -> final-norm outputs (B, T, d).

@@ -281,12 +281,20 @@ def test_a_prefix_of_no_vectors_is_no_prefix():
             torch.testing.assert_close(llama(tokens, prefix), llama(tokens), atol=1e-5, rtol=1e-5)
 
 
-def test_rows_may_have_prefixes_of_their_own():
-    llama, tokens = tiny(), tokens_of(2, 9)
-    one, two = llama.prefix(vectors(5, seed=1)), llama.prefix(vectors(5, seed=2))
-    both = [(torch.stack([k1, k2]), torch.stack([v1, v2])) for (k1, v1), (k2, v2) in zip(one, two)]
-    alone = torch.cat([llama(tokens[:1], one), llama(tokens[1:], two)])
-    torch.testing.assert_close(llama(tokens, both), alone, atol=1e-5, rtol=1e-5)
+def test_rows_may_have_prompts_of_their_own():
+    """As each row alone, through the prompt's gradient; also where all texts begin alike, and in generation."""
+    llama, tokens, ids = tiny(), tokens_of(2, 9), (5, 6, 7)
+    both = torch.stack([vectors(5, seed=1), vectors(5, seed=2)]).detach().requires_grad_()
+    for begin in ((), ids):
+        got = llama(tokens, llama.prefix(both, begin))
+        alone = torch.cat([llama(tokens[i, None], llama.prefix(both[i], begin)) for i in range(2)])
+        torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+        grads = [torch.autograd.grad(y.square().sum(), both)[0] for y in (got, alone)]
+        torch.testing.assert_close(*grads, atol=1e-2, rtol=1e-4)
+    assert not torch.allclose(got[:1], llama(tokens[:1], llama.prefix(both[1], ids)), atol=1e-2)
+    lengths = torch.tensor([9, 6])
+    new = llama.generate(tokens, lengths, llama.prefix(both), 6)
+    assert new == [llama.generate(tokens[i, None], lengths[i, None], llama.prefix(both[i]), 6)[0] for i in range(2)]
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -776,6 +784,36 @@ def test_peft_loads_the_prompt_folder_and_gives_the_same_logits(folder, trained)
         ours = llama(tokens, llama.prefix(phi))
         torch.testing.assert_close(ours, theirs(input_ids=tokens).logits[:, 4:], atol=1e-4, rtol=0)
         assert not torch.allclose(ours, llama(tokens), atol=0.1)
+
+
+def test_two_prompts_go_in_front_one_behind_the_other(folder, files, trained, tmp_path, capsys):
+    """As if they were one prompt of both prompts' vectors; what either may answer counts as a generic answer."""
+    assert call(train, *train_args(folder, files, tmp_path / "b", "--seed", 1, "--generic", "unknown,nobody")) == 0
+    phis = [spul.load_prompt(f)[0] for f in (trained, tmp_path / "b")]
+    info, config = spul.load_prompt(trained)[1], Llama.from_pretrained(folder).config
+    for name in ("both", "narrow", "other"):
+        (tmp_path / name).mkdir()
+    spul.save_prompt(tmp_path / "both", torch.cat(phis), config, {**info, "p": 8})
+    sides = []
+    for name, prompts in [("two", [trained, tmp_path / "b"]), ("one", [tmp_path / "both"])]:
+        assert call(evaluate, "--model", folder, "--forget", files["forget"], "--dtype", "fp32", "--json",
+                    tmp_path / name, *(a for f in prompts for a in ("--prompt", f))) == 0
+        sides.append(json.loads((tmp_path / name).read_text()))
+    (two, one), more = sides, spul.load_prompt(tmp_path / "b")[1]
+    assert two["with"]["train forget"]["probability"] == one["with"]["train forget"]["probability"]
+    assert two["cost"]["trainable"] == info["trainable"] + more["trainable"]
+    assert two["cost"]["peak_bytes"] == max(info["peak_bytes"], more["peak_bytes"])
+    both = evaluate.load_prompts([trained, tmp_path / "b"], config, None)[1]
+    assert both["generic"] == ["neutral", "unknown", "nobody"]
+    capsys.readouterr()
+    narrow, other = tmp_path / "narrow", tmp_path / "other"
+    spul.save_prompt(narrow, phis[0][:, :16], config, info | {"d": 16})
+    spul.save_prompt(other, phis[0], config, info | {"template": "{text}?"})
+    for wrong, pattern in [(narrow, r"narrow: vectors of width 16, the model's is 32"),
+                           (other, "other: another template than .*they cannot stand")]:
+        args = ["--model", folder, "--forget", files["forget"], "--prompt", trained]
+        assert call(evaluate, *args, "--prompt", wrong) == 2
+        assert re.search(pattern, capsys.readouterr().err)
 
 
 def test_a_saved_prompt_comes_back_bit_for_bit(folder, tmp_path):
