@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 
 import guards
+from cli import Parser, add_options, filled, hardware, load_model, number, row_limit, run
 from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_generic,
                   read_sets, read_template)
-from eval import Parser, add_options, answer_hidden, filled, hardware, load_model, measure, number, row_limit, run
+from eval import answer_hidden, measure
 from files import weight_files
 from finetune import (Lora, accuracy, add_lora_options, check_model_out, fit, make_trainable, memorise, save_model,
                       swap)

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from cli import DEMO, Parser, add_options, filled, hardware, load_model, number, row_limit, run
 from data import Example, collate, common_front, epoch_batches, make_examples, read_rows, read_template
-from eval import DEMO, Parser, add_options, answer_hidden, filled, hardware, load_model, number, row_limit, run
+from eval import answer_hidden
 from files import write_json
 from model import Config, Llama
 from scale import Int8Linear

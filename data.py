@@ -36,6 +36,8 @@ class Row:
     where: str  # file:line
     raw: bool = False  # no template, no space supplied
     forget: bool = None  # the row's own flag, if it has one
+    paraphrase: str = None  # the answer in other words, if the row has it
+    wrong: tuple = ()  # wrong answers in the same form
 
     @property
     def key(self):
@@ -78,8 +80,14 @@ def parse_row(value, where):
         check_text(value[name], f'{where}: "{name}"')
     if not isinstance(value.get("forget", False), bool):
         raise ValueError(f'{where}: "forget" is neither true nor false')
+    paraphrase, wrong = value.get("paraphrase"), value.get("wrong", [])
+    answers = [*([] if paraphrase is None else [paraphrase]), *(wrong if isinstance(wrong, list) else [None])]
+    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise ValueError(f'{where}: "paraphrase" is no string, or "wrong" no list of strings, or one is empty')
+    for answer in answers:
+        check_text(answer, f'{where}: "paraphrase" or "wrong"')
     text, label = (value[name] for name in names)
-    return Row(text, label if raw else label.strip(), where, raw, value.get("forget"))
+    return Row(text, label if raw else label.strip(), where, raw, value.get("forget"), paraphrase, tuple(wrong))
 
 
 def check_text(text, where):
@@ -241,6 +249,13 @@ def answer_ids(tokenizer, label, raw=False):
     return tokenizer.encode_inside(label if raw else " " + label)
 
 
+def generic_ids(tokenizer, word, like):
+    """A generic answer's ids; in place of a completion (`like`; else None) with the white space that is around that."""
+    if like is None:
+        return answer_ids(tokenizer, word)
+    return answer_ids(tokenizer, like[: len(like) - len(like.lstrip())] + word + like[len(like.rstrip()) :], True)
+
+
 def make_example(row, tokenizer, template, max_length, forget=False, label=None):
     """Row -> (Example, whether its text was cut). `label` stands in for the row's own (a generic answer).
 
@@ -248,7 +263,8 @@ def make_example(row, tokenizer, template, max_length, forget=False, label=None)
     alone are too long, or where nothing stands in front of the answer to predict it.
     """
     before, after = ("", "") if row.raw else template.split("{text}")
-    answer = answer_ids(tokenizer, label or row.label, row.raw and not label)
+    answer = (generic_ids(tokenizer, label, row.label if row.raw else None) if label else
+              answer_ids(tokenizer, row.label, row.raw))
     room = max_length - len(answer)
 
     def prompt(length):

@@ -6,30 +6,30 @@
 Accuracy is the share of rows whose greedy answer is the true one token for token; a single teacher-forced pass decides
 it, because greedy decoding leaves the true answer at the first token where the two differ. Predictions range over the
 whole vocabulary, as in the paper's code: an answer outside the label set is a miss for accuracy and F1.
-
-Exit status of every command here: 0 done, 2 wrong input (one line on stderr), 3 the run failed, 130 Ctrl-C.
 """
 
 import argparse
 import math
-import sys
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import guards
-from data import (Example, Tokenizer, answer_ids, by_length, check_text, collate, common_front, continuations,
-                  make_examples, read_rows, read_sets, read_template)
-from files import read_json, weight_files, write_json
-from model import Config, Llama
-from scale import Int8Linear, add_up, leave, ranks
+from cli import DEMO, Parser, add_options, filled, load_model, read_splits, row_limit, run, use_demo
+from data import (Example, Row, answer_ids, by_length, check_text, collate, common_front, continuations, generic_ids,
+                  make_examples, read_template)
+from files import read_json, write_json
+from model import Config
+from scale import add_up, ranks
 from spul import fingerprint, load_prompt
 
-DEMO = Path(__file__).resolve().parent / "demo"
 MAX_LABELS = 50  # more different answers than this are no label set
-METRICS = ["accuracy", "probability", "f1", "generic", "outside", "commonest", "flagged"]
+METRICS = ["accuracy", "probability", "f1", "generic", "outside", "commonest", "flagged", "per_token", "rouge_l",
+           "truth_ratio", "utility"]
 COSTS = {"trainable": "parameters trained", "seconds": "s of training", "peak_bytes": "bytes of memory at most"}
 
 
@@ -61,7 +61,7 @@ def answer_hidden(model, examples, phi=None, shift=0, batch_size=32, embed=None)
 
 @torch.no_grad()
 def score(model, hidden, examples, batch_size=32):
-    """Per example: whether the greedy answer is the true one, P(true answer), and the first token of the greedy one."""
+    """Per example: is the greedy answer the true one, log P(true answer), and the first token of the greedy one."""
     scores = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
@@ -74,7 +74,7 @@ def score(model, hidden, examples, batch_size=32):
         targets, at = targets.tolist(), 0
         for e in part:
             here = slice(at, at + e.n)
-            scores.append((best[here] == targets[here], math.exp(math.fsum(log_p[here])), best[at]))
+            scores.append((best[here] == targets[here], math.fsum(log_p[here]), best[at]))
             at += e.n
     return scores
 
@@ -121,7 +121,7 @@ def measure(model, tokenizer, examples, labels=None, generic=(), phi=None, hidde
     hidden = hidden or answer_hidden(model, examples, phi, batch_size=batch_size, embed=embed)
     scores, n = score(model, hidden, examples, batch_size), len(examples)
     result = {"rows": n, "accuracy": sum(right for right, _, _ in scores) / n,
-              "probability": math.fsum(p for _, p, _ in scores) / n}
+              "probability": math.fsum(math.exp(log_p) for _, log_p, _ in scores) / n}
     if labels:
         said = predict(model, tokenizer, examples, scores, labels, phi, batch_size, embed)
         result |= {"f1": weighted_f1([e.label for e in examples], said),
@@ -131,12 +131,83 @@ def measure(model, tokenizer, examples, labels=None, generic=(), phi=None, hidde
     return result | more
 
 
+# ------------------------------------------------------------------- generated answers: TOFU, arXiv 2401.06121
+
+
+def rouge_l(said, truth):
+    """Recall of the longest common subsequence of words, in lower case. (The package rouge-score also cuts endings.)"""
+    said, truth = (re.findall(r"\w+", text.lower()) for text in (said, truth))
+    longest = [0] * (len(said) + 1)
+    for word in truth:
+        before = longest
+        longest = [0]
+        for i, other in enumerate(said):
+            longest.append(before[i] + 1 if word == other else max(before[i + 1], longest[i]))
+    return longest[-1] / max(len(truth), 1)
+
+
+def forget_quality(one, other):
+    """p-value of the two-sample Kolmogorov-Smirnov test, by its limiting distribution; 1: no difference to be seen."""
+    largest = max(abs(sum(x <= t for x in one) / len(one) - sum(x <= t for x in other) / len(other))
+                  for t in {*one, *other})
+    z = largest * math.sqrt(len(one) * len(other) / (len(one) + len(other)))
+    if z < 0.2:  # where the sum below converges slowly, and 1 - p is under 1e-12
+        return 1.0
+    return 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * z) ** 2) for k in range(1, 101))
+
+
+def per_token(model, examples, phi=None, batch_size=32):
+    """P(answer)^(1/|answer|) of each example, |.| in tokens."""
+    scores = score(model, answer_hidden(model, examples, phi, batch_size=batch_size), examples, batch_size)
+    return [math.exp(log_p / e.n) for e, (_, log_p, _) in zip(examples, scores)]
+
+
+def measure_answers(model, tokenizer, rows, template, max_length, forget, generic=(), phi=None, batch_size=32):
+    """TOFU's measures of rows with a paraphrase and wrong answers, -> a dict like `measure`'s.
+
+    per_token: P(a|q)^(1/|a|). rouge_l: of the first line of the greedy answer. With the mean over wrong answers w
+
+        R = mean P(w|q)^(1/|w|) / P(paraphrase|q)^(1/|paraphrase|)
+
+    truth_ratio is the mean of min(R, 1/R) on rows to forget and of max(0, 1 - R) on others, and utility, there, the
+    harmonic mean of all three. ratios: each row's R.
+    """
+    def examples(answers):
+        rows = [replace(row, label=answer) for row, answer in answers]
+        return make_examples(rows, tokenizer, template, max_length)[0]
+
+    true = examples((row, row.label) for row in rows)
+    right = per_token(model, examples((row, row.paraphrase) for row in rows), phi, batch_size)
+    wrong = iter(per_token(model, examples((row, w) for row in rows for w in row.wrong), phi, batch_size))
+    ratios = [sum(next(wrong) for _ in row.wrong) / len(row.wrong) / max(p, 1e-30) for row, p in zip(rows, right)]
+    with torch.no_grad():
+        prefix = None if phi is None else model.prefix(phi)
+    said = []
+    for start in range(0, len(true), batch_size):
+        part = true[start : start + batch_size]
+        said += [tokenizer.decode(ids).strip().split("\n")[0] for ids in
+                 continuations(model, [e.prompt for e in part], max(e.n for e in part), prefix)]
+    n = len(rows)
+    found = {"per_token": sum(per_token(model, true, phi, batch_size)) / n,
+             "rouge_l": sum(rouge_l(text, row.label) for text, row in zip(said, rows)) / n,
+             "truth_ratio": sum(min(r, 1 / max(r, 1e-30)) if forget else max(0, 1 - r) for r in ratios) / n}
+    if not forget:
+        found["utility"] = 3 / sum(1 / max(value, 1e-30) for value in found.values())
+    known = sum(text.startswith(tuple(generic)) for text in said) / n
+    return found | {"generic": known, "ratios": ratios, "said": said}
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
 def label_set(rows, tokenizer, generic):
     """{answer: its ids} of all rows' answers and the generic ones; None if there are too many to be a label set."""
     raw = {row.label: row.raw for row in rows}
     if len(raw) > MAX_LABELS:
         return None
-    return {label: answer_ids(tokenizer, label, raw.get(label, False)) for label in [*sorted(raw), *generic]}
+    like = rows[0].label if all(raw.values()) else None
+    return ({label: answer_ids(tokenizer, label, raw[label]) for label in sorted(raw)} |
+            {word: generic_ids(tokenizer, word, like) for word in generic})
 
 
 def table(before, after=None):
@@ -154,115 +225,7 @@ def table(before, after=None):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------- the command line
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error here."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def filled(text):
-    """An argparse type: a string that is not empty, as an unset shell variable leaves it."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float from low (or above it) to high, never NaN or too large for float32."""
-    high = min(high, 1e9) if kind is float else high
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            what = f"{'a whole' if kind is int else 'a'} number {'above' if above else 'of at least'} {low}"
-            most = f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{most}")
-        return value
-
-    return parse
-
-
-def add_options(parser, data=True):
-    """The options that several commands share; data: the four files, too."""
-    group = parser.add_argument_group("model and data" + " (default: the bundled demo)" * data)
-    group.add_argument("--model", type=filled, metavar="DIR",
-                       help="Hugging Face model folder: config.json, safetensors, tokenizer")
-    for name, what in [("forget", 'JSON Lines to forget, or with "forget": true|false in every row'),
-                       ("retain", "JSON Lines to keep"),
-                       ("test-forget", "unseen rows like those to forget, measured only"),
-                       ("test-retain", "unseen rows like those to keep, measured only")] * data:
-        group.add_argument(f"--{name}", type=filled, metavar="FILE", help=what)
-    group.add_argument("--template", type=filled, metavar="T",
-                       help="sentiment (default), question, a string with {text}, or a file")
-    group.add_argument("--max-length", type=number(int, 2), default=1024, metavar="N",
-                       help="tokens of a row, the prompt apart; longer texts lose their end (default 1024, paper)")
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
-                       help="auto: bf16 where the hardware multiplies it")
-    group.add_argument("--quantize", choices=["int8"], help="keep the layers' weights in int8, half of bf16's memory")
-    group.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="rows (default 32, paper)")
-
-
-def use_demo(args):
-    """Without --model and --forget: the bundled demo's files, where no other is named. -> whether it is the demo."""
-    if args.model or args.forget:
-        return False
-    args.model = str(DEMO / "model")
-    for name in ("forget", "retain", "test_forget", "test_retain"):
-        setattr(args, name, getattr(args, name) or str(DEMO / f"{name}.jsonl"))
-    args.template = args.template or "question"
-    args.dtype = "fp32" if args.dtype == "auto" else args.dtype  # the same on machines with and without bf16
-    return True
-
-
-def auto_dtype(device):
-    """bfloat16 on CUDA and on CPUs that multiply it in hardware, as torch reports them; float32 elsewhere."""
-    kind = torch.device(device).type
-    features = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}  # older torch does not say
-    able = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else any(
-        features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's
-    return torch.bfloat16 if able else torch.float32
-
-
-def hardware(args):
-    """-> the device and the dtype that args ask for."""
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device).numpy(force=True)  # "meta" stops here, too
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
-    return device, {"auto": auto_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-
-
-def load_model(args, shard=None):
-    """-> the frozen model and its tokenizer, on args.device in args.dtype. shard: see `Llama.from_pretrained`."""
-    weight_files(args.model)  # the first to say that this is no model folder
-    device, dtype = hardware(args)
-    tokenizer = Tokenizer(args.model)
-    model = Llama.from_pretrained(args.model, dtype, device, Int8Linear if args.quantize else torch.nn.Linear, shard)
-    if tokenizer.size > model.config.vocab_size:
-        raise ValueError(f"{args.model}: a tokenizer of {tokenizer.size} ids and a model of {model.config.vocab_size} "
-                         "do not belong together")
-    return model, tokenizer
-
-
-def row_limit(args, p):
-    """Tokens a row may have: --max-length, or what p prompt tokens leave of the model's own length."""
-    longest = Config.from_file(Path(args.model) / "config.json").max_position_embeddings
-    if longest - p < 2:
-        raise ValueError(f"{p} prompt tokens leave no room: the model takes {longest} positions in all")
-    return min(args.max_length, longest - p)
+# -------------------------------------------------------------------------------------------------- the command
 
 
 def load_prompts(folders, config, base_sha256):
@@ -281,44 +244,6 @@ def load_prompts(folders, config, base_sha256):
     cost = {key: combine(info[key] for info in infos) for key, combine in zip(COSTS, (sum, sum, max))
             if all(key in info for info in infos)}
     return torch.cat([phi for phi, _ in loaded]), {**info, **words, **cost}
-
-
-def read_splits(args):
-    """-> {name: rows} of the files given, checked against nothing yet."""
-    splits = {}
-    if args.forget:
-        splits["train forget"], retain = read_sets(args.forget, args.retain)
-        splits |= {"train retain": retain} if retain else {}
-    elif args.retain:
-        splits["train retain"] = read_rows(args.retain)
-    for name in ("forget", "retain"):
-        if file := getattr(args, f"test_{name}"):
-            splits[f"test {name}"] = read_rows(file)
-    return splits
-
-
-def run(main):
-    """Call main(); what a user can cause becomes one line on stderr and an exit status, a bug keeps its traceback."""
-    try:
-        status, message = main() or 0, None
-    except KeyboardInterrupt as e:
-        status, message = 130, str(e) or "stopped"
-    except FloatingPointError as e:
-        status, message = 3, str(e)
-    except (ValueError, OSError) as e:
-        status, message = 2, f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-    except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
-            raise  # the CPU's allocator has no exception of its own
-        status, message = 3, ("out of memory: lower --batch-size or --max-length, or take --recompute (train.py), "
-                              "--quantize int8 or --dtype bf16")
-    if message and ranks()[0] == 0:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    leave()
-    sys.exit(status)
-
-
-# -------------------------------------------------------------------------------------------------- the command
 
 
 def ask(model, tokenizer, text, template, labels, room, prefix=None, guard=None):
@@ -341,6 +266,9 @@ def main(argv=None):
     group.add_argument("--prompt", type=filled, action="append", metavar="DIR",
                        help="of train.py, several times for several one behind the other; or of baselines.py eco, icul")
     group.add_argument("--ask", metavar="TEXT", help="show the answers to one text instead")
+    group.add_argument("--tofu", action="store_true",
+                       help='measure generated answers, too; needs rows with a "paraphrase" and "wrong" answers')
+    group.add_argument("--retrained", type=filled, metavar="DIR", help="with --tofu: the model for forget quality")
     group.add_argument("--json", type=filled, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     if use_demo(args) and not args.prompt and (DEMO / "prompt" / "spul.json").exists():
@@ -350,6 +278,11 @@ def main(argv=None):
         raise ValueError("nothing to measure: give --forget, --retain, --test-forget, --test-retain or --ask")
     if not args.model:
         raise ValueError("--model DIR is missing")
+    for row in [row for rows in splits.values() for row in rows] if args.tofu else []:
+        if not row.paraphrase or not row.wrong:
+            raise ValueError(f'{row.where}: no "paraphrase" or no "wrong" answers: --tofu compares with these')
+    if args.retrained and not (args.tofu and args.forget):
+        raise ValueError("--retrained: only for --tofu with --forget")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise ValueError(f"--json {args.json}: a folder, or in none")
 
@@ -357,6 +290,8 @@ def main(argv=None):
     if args.prompt and any(map(guards.is_guard, args.prompt)):
         if len(args.prompt) > 1:
             raise ValueError(f"--prompt {args.prompt[1]}: eco and icul do not go with another prompt")
+        if args.tofu:
+            raise ValueError("--tofu: eco and icul are not measured so")
         guard, info = guards.load(args.prompt[0], fingerprint(args.model))
     elif args.prompt:
         config = Config.from_file(Path(args.model) / "config.json")
@@ -371,8 +306,9 @@ def main(argv=None):
     phi = None if phi is None else phi.to(model.device)
 
     if args.ask is not None:
-        labels = {name: answer_ids(tokenizer, name, info["template"] is None and name not in generic)
-                  for name in [*(info.get("labels") or []), *generic]} if info.get("labels") else {}
+        raw = info and info["template"] is None
+        labels = label_set([Row("", name, "", raw) for name in info["labels"]], tokenizer, generic) if info.get(
+            "labels") else {}
         text = args.ask.replace("\\n", "\n")
         room = model.config.max_position_embeddings - (0 if phi is None else len(phi))
         check_text(text, "--ask")
@@ -384,7 +320,7 @@ def main(argv=None):
         return
     limit = row_limit(args, 0 if phi is None else len(phi))
     labels = label_set([row for rows in splits.values() for row in rows], tokenizer, generic)
-    before, after = {}, {}
+    before, after, quality = {}, {}, {}
     for name, rows in splits.items():
         examples, cut = make_examples(rows, tokenizer, template, limit)
         if cut:
@@ -393,12 +329,22 @@ def main(argv=None):
         before[name] = measure(model, tokenizer, examples, **how)
         if args.prompt:
             after[name] = measure(model, tokenizer, examples, phi=phi, guard=guard, **how)
+        for side, found in ((None, before), (phi, after)) if args.tofu else ():
+            if name in found:
+                found[name] |= measure_answers(model, tokenizer, rows, template, limit, name.endswith("forget"),
+                                               generic, side, args.batch_size)
     print(table(before, after))
+    if args.retrained:
+        other = load_model(argparse.Namespace(**{**vars(args), "model": args.retrained}))
+        ratios = measure_answers(*other, splits["train forget"], template, limit, True)["ratios"]
+        quality = {name: forget_quality(side["train forget"]["ratios"], ratios)
+                   for name, side in (("without", before), ("with", after)) if side}
+        print("forget quality: " + " -> ".join(f"{p:.3g}" for p in quality.values()))
     if cost:
         print("cost: " + ", ".join(f"{value:,.0f} {COSTS[name]}" for name, value in cost.items()))
     if args.json:
         write_json(args.json, {"model": args.model, "prompt": args.prompt, "dtype": str(model.dtype), "cost": cost,
-                               "without": before, "with": after or None})
+                               "without": before, "with": after or None, "forget_quality": quality or None})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import spul
+from cli import Parser, add_options, filled, hardware, load_model, number, row_limit, run
 from data import collate, epoch_batches, make_examples, read_rows, read_template
-from eval import Parser, add_options, answer_hidden, filled, hardware, load_model, number, row_limit, run, score
+from eval import answer_hidden, score
 from files import read_json, write_json
 from scale import peak_memory
 from train import WEIGHT_DECAY, interrupt, learning_rate

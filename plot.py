@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from cli import Parser, add_options, filled, load_model, row_limit, run
 from data import make_examples, read_sets, read_template
-from eval import Parser, answer_hidden, add_options, filled, load_model, row_limit, run
+from eval import answer_hidden
 from files import read_json, write_whole
 from spul import fingerprint, load_prompt
 

@@ -11,8 +11,8 @@ cluster is forgotten, or those that --forget-clusters names. Lines are copied as
 import re
 from pathlib import Path
 
+from cli import Parser, filled, number, run
 from data import read_rows
-from eval import Parser, filled, number, run
 from files import write_whole
 
 

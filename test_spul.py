@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import baselines
 import bench
+import cli
 import data
 import eval as evaluate
 import finetune
@@ -134,7 +135,7 @@ def command(script, *args, cwd=ROOT, **how):
 def call(module, *args):
     """Run a command in this process as `python module.py args` would -> its exit status."""
     with pytest.raises(SystemExit) as stop:
-        evaluate.run(lambda: module.main([str(a) for a in args]))
+        cli.run(lambda: module.main([str(a) for a in args]))
     return stop.value.code
 
 
@@ -890,6 +891,91 @@ def test_an_answer_that_begins_another_is_told_from_it():
     assert scores[0][0] and evaluate.predict(llama, None, [example], scores, answers) == ["10"]
 
 
+def test_rouge_l_is_the_recall_of_the_longest_common_subsequence():
+    assert evaluate.rouge_l("The cat sat on the mat.", "the cat is on a mat") == pytest.approx(4 / 6)  # the cat on mat
+    assert evaluate.rouge_l("mat a on", "on a mat") == pytest.approx(1 / 3)
+    assert evaluate.rouge_l("", "one") == 0 and evaluate.rouge_l("one two three", "two") == 1
+
+
+def test_forget_quality_is_the_p_value_of_kolmogorov_and_smirnov():
+    from scipy.special import kolmogorov
+
+    rng = random.Random(0)
+    for shift in (0, 0.2, 1):
+        one, other = [rng.gauss(0, 1) for _ in range(40)], [rng.gauss(shift, 1) for _ in range(70)]
+        steps = [abs(sum(x <= t for x in one) / 40 - sum(x <= t for x in other) / 70) for t in one + other]
+        expected = kolmogorov(max(steps) * math.sqrt(40 * 70 / 110))
+        assert evaluate.forget_quality(one, other) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.forget_quality(one, one) == 1
+    # all of one below all of the other: largest distance 1, z = sqrt(2); 2 (e^-4 - e^-16 + ...)
+    assert evaluate.forget_quality([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(2 * (math.exp(-4) - math.exp(-16)))
+
+
+def tofu_rows(n, start=0):
+    return [{"prompt": f"Question: who wrote book {i}?\nAnswer:", "completion": f" It was author number {i}.\n",
+             "paraphrase": f" Number {i} wrote it.\n",
+             "wrong": [f" It was {w} who wrote {i}.\n" for w in ("Bo", "Cy", "Di")]} for i in range(start, start + n)]
+
+
+@pytest.mark.parametrize("p", [0, 4])
+def test_the_truth_ratio_and_its_neighbours_equal_hand_arithmetic(p, folder, tmp_path):
+    llama, tok, phi = Llama.from_pretrained(folder), Tokenizer(folder), vectors(4).detach() if p else None
+    rows = read_rows(write_rows(tmp_path / "r.jsonl", tofu_rows(3)))
+    got = evaluate.measure_answers(llama, tok, rows, None, 400, False, ["It"], phi, batch_size=2)
+    ratios, chances, overlap, texts = [], [], [], []
+    for row in rows:
+        def chance(answer):
+            ids = tok.bos + tok.encode(row.text)
+            own = tok.encode_inside(answer)
+            x = torch.tensor([ids + own])
+            log_p = F.log_softmax(llama.head(concatenated(llama, x, phi)) if p else llama(x), -1)[0]
+            return math.exp(sum(log_p[len(ids) + i - 1, t].item() for i, t in enumerate(own)) / len(own))
+
+        ratios.append((chance(row.wrong[0]) + chance(row.wrong[1]) + chance(row.wrong[2])) / 3 / chance(row.paraphrase))
+        chances.append(chance(row.label))
+        n, ids = len(tok.encode_inside(row.label)), tok.bos + tok.encode(row.text)
+        prefix = llama.prefix(phi) if p else None
+        texts.append(tok.decode(data.continuations(llama, [ids], n, prefix)[0]).strip().split("\n")[0])
+        overlap.append(evaluate.rouge_l(texts[-1], row.label))
+    mean = lambda values: sum(values) / 3
+    assert got["ratios"] == pytest.approx(ratios, rel=1e-3) and got["said"] == texts
+    assert got["per_token"] == pytest.approx(mean(chances), rel=1e-3) and got["rouge_l"] == mean(overlap)
+    assert got["truth_ratio"] == pytest.approx(mean([max(0, 1 - r) for r in ratios]), rel=1e-3)
+    parts = [max(got[name], 1e-30) for name in ("per_token", "rouge_l", "truth_ratio")]
+    assert got["utility"] == pytest.approx(3 / sum(1 / part for part in parts))
+    other = evaluate.measure_answers(llama, tok, rows, None, 400, True, [], phi)
+    assert other["truth_ratio"] == pytest.approx(mean([min(r, 1 / r) for r in ratios]), rel=1e-3)
+    assert "utility" not in other
+
+
+def test_tofus_measures_as_a_user_asks_for_them(folder, tmp_path, capsys):
+    forget = write_rows(tmp_path / "f.jsonl", tofu_rows(6))
+    retain = write_rows(tmp_path / "r.jsonl", tofu_rows(60, start=6))
+    (tmp_path / "generic.txt").write_text("I do not know.\nNobody told me.\n")
+    both = ["--model", folder, "--forget", forget, "--retain", retain, "--dtype", "fp32"]
+    assert call(train, *both, "--out", tmp_path / "p", "--epochs", 1, "--num-tokens", 3, "--generic",
+                tmp_path / "generic.txt") == 0
+    assert call(evaluate, *both, "--prompt", tmp_path / "p", "--tofu", "--retrained", folder, "--json",
+                tmp_path / "out.json") == 0
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert "truth_ratio" in out and found["forget_quality"]["without"] == 1 >= found["forget_quality"]["with"]
+    assert f"forget quality: 1 -> {found['forget_quality']['with']:.3g}" in out
+    assert found["with"]["train retain"]["utility"] > 0 and len(found["with"]["train forget"]["ratios"]) == 6
+    assert call(evaluate, "--model", folder, "--prompt", tmp_path / "p", "--ask", "Question: who?\\nAnswer:") == 0
+    plain = write_rows(tmp_path / "plain.jsonl", make_rows(3, ["a", "b"], 0))
+    for args, pattern in [(["--forget", plain, "--tofu"], r'plain\.jsonl:1: no "paraphrase".*--tofu'),
+                          (["--forget", forget, "--retrained", folder], r"--retrained: only for --tofu")]:
+        assert call(evaluate, "--model", folder, *args) == 2 and re.search(pattern, capsys.readouterr().err)
+
+
+def test_a_generic_answer_takes_the_white_space_of_the_completion_it_replaces(tokenizer):
+    for like, expected in [(" it is so\n", " nobody\n"), ("yes", "nobody"), (" a", " nobody")]:
+        row = Row("who?", like, "", raw=True)
+        e, _ = make_example(row, tokenizer, None, 99, True, "nobody")
+        assert list(e.ids[-e.n :]) == tokenizer.encode_inside(expected)
+        assert evaluate.label_set([row], tokenizer, ["nobody"])["nobody"] == list(e.ids[-e.n :])
+
+
 def test_weights_that_are_no_numbers_end_the_run(folder, files, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
@@ -1220,6 +1306,9 @@ BAD = {
     "a text that is no string": (bad_rows(b'{"text": 7, "label": "a"}'), r'bad\.jsonl:2: "text" is no string'),
     "a label that is no string": (bad_rows(b'{"text": "a", "label": 1}'), r'bad\.jsonl:2: "label" is no string'),
     "half a surrogate pair": (bad_rows(b'{"text": "\\ud800", "label": "a"}'), r"bad\.jsonl:2: .*surrogate"),
+    "wrong answers that are no list": (bad_rows(b'{"text": "a", "label": "b", "wrong": "c"}'), r"bad\.jsonl:2: .*no list"),
+    "an empty wrong answer": (bad_rows(b'{"text": "a", "label": "b", "wrong": [" "]}'), r"bad\.jsonl:2: .*one is empty"),
+    "a paraphrase that is a number": (bad_rows(b'{"text": "a", "label": "b", "paraphrase": 1}'), r"2: .*no string"),
     "a flag that is no flag": (bad_rows(b'{"text": "a", "label": "b", "forget": 1}'), r"bad\.jsonl:2: .*nor false"),
     "bytes that are no UTF-8": (bad_rows(b'{"text": "\xff", "label": "a"}'), r"bad\.jsonl:2: not UTF-8"),
     "a generic label": (bad_rows(b'{"text": "a", "label": "neutral"}'), r"bad\.jsonl:2: .*'neutral'.*--generic"),
@@ -2196,9 +2285,9 @@ def test_several_processes_leave_no_thread_of_theirs_behind(folder, files, tmp_p
     script.write_text(f"""
 import atexit, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-import eval, train
+import cli, train
 atexit.register(lambda: print("threads", *(f.read_text() for f in pathlib.Path("/proc/self/task").glob("*/comm"))))
-eval.run(train.main)
+cli.run(train.main)
 """)
     result = torchrun(2, *train_args(folder, files, tmp_path / "p", "--epochs", 1), script=script)
     assert result.returncode == 0 and result.stdout.count("threads") == 2, result.stderr

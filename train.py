@@ -26,10 +26,10 @@ import torch
 from tqdm import tqdm
 
 import spul
+from cli import DEMO, Parser, add_options, filled, hardware, load_model, number, read_splits, row_limit, run, use_demo
 from data import (check_disjoint, check_generic, collate, common_front, epoch_batches, make_examples, read_generic,
                   read_rows, read_template, write_retain)
-from eval import (DEMO, Parser, add_options, answer_hidden, filled, hardware, label_set, load_model, measure, number,
-                   read_splits, row_limit, run, table, use_demo)
+from eval import answer_hidden, label_set, measure, table
 from files import write_whole
 from scale import add_up, any_of, peak_memory, ranks, shard, start, step_memory, whole
 from spul import SoftPrompt, forget_loss, kl_loss, retain_loss, spul_loss
