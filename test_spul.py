@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import assess
 import baselines
 import bench
 import cli
@@ -34,6 +35,7 @@ import finetune
 import guards
 import model
 import plot
+import probes
 import scale
 import split as splitting
 import spul
@@ -1306,8 +1308,8 @@ BAD = {
     "a text that is no string": (bad_rows(b'{"text": 7, "label": "a"}'), r'bad\.jsonl:2: "text" is no string'),
     "a label that is no string": (bad_rows(b'{"text": "a", "label": 1}'), r'bad\.jsonl:2: "label" is no string'),
     "half a surrogate pair": (bad_rows(b'{"text": "\\ud800", "label": "a"}'), r"bad\.jsonl:2: .*surrogate"),
-    "wrong answers that are no list": (bad_rows(b'{"text": "a", "label": "b", "wrong": "c"}'), r"bad\.jsonl:2: .*no list"),
-    "an empty wrong answer": (bad_rows(b'{"text": "a", "label": "b", "wrong": [" "]}'), r"bad\.jsonl:2: .*one is empty"),
+    "wrong answers that are no list": (bad_rows(b'{"text": "a", "label": "b", "wrong": "c"}'), r":2: .*no list"),
+    "an empty wrong answer": (bad_rows(b'{"text": "a", "label": "b", "wrong": [" "]}'), r":2: .*is empty"),
     "a paraphrase that is a number": (bad_rows(b'{"text": "a", "label": "b", "paraphrase": 1}'), r"2: .*no string"),
     "a flag that is no flag": (bad_rows(b'{"text": "a", "label": "b", "forget": 1}'), r"bad\.jsonl:2: .*nor false"),
     "bytes that are no UTF-8": (bad_rows(b'{"text": "\xff", "label": "a"}'), r"bad\.jsonl:2: not UTF-8"),
@@ -2309,6 +2311,185 @@ def test_running_out_of_memory_ends_with_status_3_and_says_what_to_change(monkey
     assert call(train, *train_args(folder, files, tmp_path / "p")) == 3
     line = capsys.readouterr().err.splitlines()[-1]
     assert "out of memory" in line and "--recompute" in line and "--quantize int8" in line and "--batch-size" in line
+
+
+# ------------------------------------------------------------------------------------------------- the assessment
+
+
+def test_auc_and_tpr_equal_hand_arithmetic():
+    assert probes.auc([3.0, 2.0, 1.0], [2.0, 0.0]) == pytest.approx((2 + 1.5 + 1) / 6)
+    assert probes.auc([1.0], [1.0]) == 0.5 and probes.auc([0.0, 0.1], [1.0, 2.0]) == 0
+    others = list(map(float, range(200)))  # 1 % of them, two, may be above
+    assert probes.tpr([197.5, 197.0, 199.5, 0.0], others) == 0.5 and probes.tpr([9.0, 0.0], [5.0, 1.0]) == 0.5
+
+
+def test_the_bag_of_words_finds_what_words_tell_and_nothing_else():
+    rng = random.Random(0)
+    rows = lambda words, n: [Row(" ".join(rng.choices(words, k=8)), "a", "") for _ in range(n)]
+    common = list("abcdefghijkl")
+    assert probes.bag_of_words(rows([*common, "xyz"], 60), rows(common, 60), 0) > 0.7
+    assert abs(probes.bag_of_words(rows(common, 100), rows(common, 100), 0) - 0.5) < 0.12
+
+
+@pytest.mark.parametrize("p", [0, 4])
+def test_token_probabilities_are_those_of_the_whole_row(p, folder, tokenizer):
+    llama, phi = Llama.from_pretrained(folder), vectors(4).detach() if p else None
+    subject = probes.Subject("with", llama, phi, {}, folder)
+    row = Row("a film by john", "positive", "")
+    e, _ = make_example(row, tokenizer, data.TEMPLATES["sentiment"], 99)
+    (text,) = probes.texts([e])
+    assert tokenizer.decode(list(text.ids[-text.n :])).strip() == row.text
+    for example in (e, text):
+        x = torch.tensor([example.ids])
+        log_p = F.log_softmax(llama.head(concatenated(llama, x, phi)) if p else llama(x), -1)[0]
+        places = range(len(example.ids) - example.n, len(example.ids))
+        by_hand = torch.stack([log_p[t - 1, example.ids[t]] for t in places])
+        torch.testing.assert_close(probes.token_log_p(subject, [example])[0], by_hand.detach(), atol=1e-4, rtol=1e-4)
+    labels = {"good": [5, 9], "bad": [7], "best": [5, 8]}
+    x = torch.tensor([e.ids[: -e.n]])
+    chances = F.softmax(llama.head(concatenated(llama, x, phi)) if p else llama(x), -1)[0, -1]
+    assert probes.outside(subject, [e], labels)[0] == pytest.approx(1 - (chances[5] + chances[7]).item(), abs=1e-5)
+    assert probes.least(torch.tensor([-1.0, -5, -3, -2, -4, 0, -1, -1, -1, -1])) == -4.5
+
+
+def test_changed_queries_are_changed_as_they_say():
+    rng, text = random.Random(0), "the quick brown fox jumps over the lazy dog " * 20
+    moved = probes.swapped(text, rng)
+    wrong = sum(a != b for a, b in zip(text, moved))
+    assert sorted(moved) == sorted(text) and 0.75 <= wrong / 2 / (sum(map(str.isalpha, text)) / 8) <= 1
+    kept = len(probes.thinned(text, rng).split()) / len(text.split())
+    assert 0.83 < kept < 0.96 and probes.thinned("one", random.Random(1)) == "one"
+    rows = [Row("b", "yes", ""), Row("c", "no", "")]
+    for _ in range(9):
+        assert probes.joined(Row("a", "no", ""), rows, False, rng).text == "c\na"
+        assert probes.joined(Row("a", "no", ""), rows, True, rng).text == "a\nc"
+    assert probes.joined(Row("a", "maybe", ""), rows, True, rng).text in ("a\nb", "a\nc")
+    first, second = probes.reworded("### Say: {text}\n\n### Answer:")
+    assert (first, second) == ("Say: {text}\n\n Answer:", "Say: {text} Answer:")
+    for template in data.TEMPLATES.values():
+        assert len({template, *probes.reworded(template)}) == 3
+        assert all(other.count("{text}") == 1 for other in probes.reworded(template))
+
+
+def test_weights_are_rounded_to_the_nearest_of_their_groups_values():
+    w = torch.zeros(2, 128)
+    w[0, :3], w[0, 64], w[1, 5] = torch.tensor([7.0, 3.4, -1.6]), 0.5, -70.0
+    w[1, 6] = 12.0
+    expected = torch.zeros(2, 128)
+    expected[0, :3], expected[0, 64], expected[1, 5], expected[1, 6] = torch.tensor([7.0, 3.0, -2.0]), 0.5, -70.0, 10.0
+    torch.testing.assert_close(probes.rounded(w, 4), expected)  # steps 1, 0.5 / 7, 10
+    torch.testing.assert_close(probes.rounded(w, 8), w, atol=0.3, rtol=0)
+    assert probes.rounded(torch.randn(3, 40), 4).shape == (3, 40)
+
+
+@pytest.fixture(scope="session")
+def assessed(folder, tmp_path_factory):
+    """Of rows enough, a prompt, and a second model of the same shape; the assessment of all parts."""
+    out = tmp_path_factory.mktemp("assess")
+    names = {"forget": 24, "retain": 40, "test_forget": 22, "test_retain": 22}
+    files = {name: write_rows(out / f"{name}.jsonl", make_rows(n, ["positive", "negative"], seed))
+             for seed, (name, n) in enumerate(names.items())}
+    tiny(seed=1).save_pretrained(out / "other")
+    shutil.copy(folder / "tokenizer.model", out / "other")
+    assert call(train, *train_args(folder, files, out / "p")) == 0
+    named = [a for n, f in files.items() for a in (f"--{n.replace('_', '-')}", f)]
+    args = ["--model", folder, "--dtype", "fp32", *named]
+    full = [*args, "--prompt", out / "p", "--retrained", out / "other", "--unrelated", files["test_retain"]]
+    before = (folder / "model.safetensors").read_bytes()
+    assert call(assess, *full, "--json", out / "a.json") == 0
+    assert (folder / "model.safetensors").read_bytes() == before
+    return args, full, out
+
+
+def test_the_assessment_has_every_part_and_every_column(assessed, capsys):
+    args, full, out = assessed
+    found = json.loads((out / "a.json").read_text())
+    assert list(found["found"]) == list(assess.COLUMNS)
+    assert all(list(values) == list(probes.PARTS) for values in found["found"].values())
+    lines = {(row["part"], row["line"]): row for row in found["lines"]}
+    assert {part for part, _ in lines} == set(probes.PARTS)
+    assert sum(part == "robustness" for part, _ in lines) == 20 and len(probes.ROBUSTNESS) == 10
+    assert lines["removed", "prompt left out"]["with"] == lines["removed", "train forget"]["before"]
+    assert lines["removed", "prompt left out"]["retrained"] is None
+    own = found["found"]
+    leak = [1 - own[name]["membership"]["loss, AUC"] for name in ("with", "retrained")]
+    assert lines["membership", "loss, PrivLeak"]["with"] == pytest.approx((leak[0] - leak[1]) / leak[1])
+    assert lines["relearning", "8 rows, 20 steps"]["retrained"] is not None
+    assert "relearning" in own["before"] and own["before"]["relearning"] == own["before"]["attack"] == {}
+    assert lines["cost", "parameters trained"]["with"] == 752
+    assert lines["utility", "unrelated, perplexity"]["before"] > 1
+    for row in found["lines"]:
+        assert row["what"] and all(row[name] is None or math.isfinite(row[name]) for name in assess.COLUMNS)
+
+
+def test_the_assessment_goes_on_where_it_was_stopped_and_says_what_holds(assessed, tmp_path, monkeypatch, capsys):
+    args, full, out = assessed
+    assert call(assess, *full, "--json", tmp_path / "part.json", "--only", "removed") == 0
+    assert "| removed | train forget | asked plainly" in capsys.readouterr().out
+    part = json.loads((tmp_path / "part.json").read_text())
+    assert all(list(values) == ["removed"] for values in part["found"].values())
+    asked, real = [], dict(probes.PARTS)
+    whole = json.loads((out / "a.json").read_text())
+    del whole["found"]["with"]["attack"], whole["found"]["retrained"]["utility"]
+    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    for name, part in real.items():
+        monkeypatch.setitem(probes.PARTS, name, lambda s, c, name=name, part=part: asked.append((s.name, name)) or
+                            part(s, c))
+    assert call(assess, *full, "--json", tmp_path / "whole.json") == 0
+    assert asked == [("with", "attack"), ("retrained", "utility")]
+    again, before = (json.loads(file.read_text())["lines"] for file in (tmp_path / "whole.json", out / "a.json"))
+    assert again == before
+    said = capsys.readouterr().out
+    assert "Whoever can leave the prompt out gets" in said and "Rely on it where" in said and "retrained" in said
+    assert call(assess, *full, "--rows", 21, "--json", tmp_path / "whole.json") == 2
+    assert "measured of other inputs" in capsys.readouterr().err
+
+
+def test_an_attack_learns_and_leaves_the_model_as_it_was(folder, tokenizer, monkeypatch):
+    llama = Llama.from_pretrained(folder)
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    rows = {name: [Row(f"{name} number {i}", "ab"[i % 2], "") for i in range(24)] for name in assess.SPLITS}
+    args = argparse.Namespace(template=data.TEMPLATES["sentiment"], seed=0)
+    setting = probes.Setting(args, tokenizer, rows, [], {}, 99)
+    subject = probes.Subject("with", llama, vectors(3).detach(), {}, folder)
+    examples = setting.examples("train forget")
+    known = lambda s, rows: sum(log_p.sum().item() for log_p in probes.token_log_p(s, rows)) / len(rows)  # in nats
+    monkeypatch.setattr(probes, "accuracy", known)
+    found = probes.tuned(subject, examples[:12], examples[:12], 0)
+    first = known(subject, examples)
+    assert list(found) == [1, 5, 20] and found[20] > found[5] > first and found[20] > first + 0.2
+    assert probes.attack(subject, setting)["rows it was trained on"] > first + 0.2
+    probes.quantised(subject, setting)
+    after = dict(llama.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_a_baselines_model_is_assessed_in_place_of_a_prompt(assessed, tmp_path, capsys):
+    args, _, out = assessed
+    assert call(assess, *args, "--prompt", out / "other", "--only", "removed", "--json", tmp_path / "b.json") == 0
+    lines = {row["line"]: row for row in json.loads((tmp_path / "b.json").read_text())["lines"]}
+    assert "prompt left out" not in lines and lines["train forget"]["with"] is not None
+    assert "The weights were changed" in capsys.readouterr().out
+
+
+def test_the_assessment_refuses_what_it_cannot_measure(assessed, folder, tmp_path, capsys):
+    args, full, out = assessed
+    tiny(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "wide")
+    few = write_rows(tmp_path / "few.jsonl", make_rows(5, ["positive", "negative"], 9))
+    replaced = lambda option, value: [value if full[i - 1] == option else a for i, a in enumerate(full)]
+    for wrong, pattern in [
+        (replaced("--retrained", tmp_path / "wide"), r"wide: hidden_size 64, that of the model is 32"),
+        (replaced("--prompt", tmp_path / "wide"), r"wide: hidden_size 64"),
+        (replaced("--model", out / "other"), r"trained on another model"),
+        (replaced("--prompt", tmp_path), r"no spul\.json"),
+        (replaced("--test-forget", few), r"few\.jsonl: 5 rows; at least 20"),
+        ([*full, "--only", "memebership"], r"--only: invalid choice"),
+        ([*full, "--quantize", "int8"], r"--quantize"),
+        (full[:2], r"--prompt is missing"),
+        ([a for i, a in enumerate(full) if "--retain" not in full[max(0, i - 1) : i + 1]], r"--retain FILE is missing"),
+    ]:
+        assert call(assess, *wrong) == 2
+        assert re.search(pattern, capsys.readouterr().err.splitlines()[-1])
 
 
 def test_the_benchmark_takes_the_same_step_as_transformers_and_peft(tmp_path):
