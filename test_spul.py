@@ -2553,6 +2553,7 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
 def test_the_readme_names_only_options_that_exist():
     text = (ROOT / "README.md").read_text()
     known = "".join((ROOT / name).read_text() for name in (
-        "train.py", "eval.py", "finetune.py", "bench.py", "baselines.py", "split.py", "plot.py", "results/study.py"))
+        "train.py", "eval.py", "finetune.py", "bench.py", "baselines.py", "split.py", "plot.py", "results/study.py",
+        "cli.py", "assess.py"))
     names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"no-deps", "nproc", "local-dir"}  # of others
     assert len(names) > 10 and not [n for n in names if f'--{n}"' not in known and f'"{n}"' not in known]
