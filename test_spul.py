@@ -4,6 +4,7 @@
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -2089,6 +2090,74 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     monkeypatch.setattr(study.subprocess, "run", None)  # nothing is run again
     study.main(args)
     assert (tmp_path / "sst2" / "main.md").read_text() == table
+
+
+@pytest.mark.parametrize("kind", ["tofu", "requests", "robust", "sizes", "assessment"])
+def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_path, monkeypatch):
+    """With a random model and few rows; every command in this process, as it would run in its own."""
+    spec = importlib.util.spec_from_file_location("study", ROOT / "results" / "study.py")
+    spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
+    spec = importlib.util.spec_from_file_location("cut", ROOT / "results" / "cut.py")
+    spec.loader.exec_module(cut := importlib.util.module_from_spec(spec))
+    modules = {"train.py": train, "eval.py": evaluate, "finetune.py": finetune, "baselines.py": baselines,
+               "assess.py": assess, "results/cut.py": cut}
+
+    def in_this_process(command, **_):
+        return subprocess.CompletedProcess(command, call(modules[command[1]], *command[2:]), stderr="see above")
+
+    class Here:  # in place of a thread, where Ctrl-C cannot be caught
+        def __init__(self, _):
+            pass
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+        def submit(self, function, *args):
+            (future := concurrent.futures.Future()).set_result(function(*args))
+            return future
+
+    few = {"sst2/forget_more": 0, "sst2/retain_more": 0, "tofu/retain": 24}
+    rows = study.ROWS[kind].items()
+    monkeypatch.setitem(study.ROWS, kind, {split: {n: few.get(n, 40) for n in parts} for split, parts in rows})
+    monkeypatch.setattr(study, "ThreadPoolExecutor", Here)
+    for name, value in dict(RATES={"full": (1e-3,)}, CORRUPT={"semantic": (0.5,)}, CUT=(1,), SPUL_EPOCHS=1,
+                            ABLATION_EPOCHS=1, TOFU_EPOCHS=1).items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setitem(study.MEMORISE, kind, 1)
+    monkeypatch.setattr(study.subprocess, "run", in_this_process)
+    args = ["--base", str(folder), "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    if kind == "assessment":  # of the paper's study, of which it needs two models, a prompt and a table
+        rows, main = study.ROWS["assessment"], tmp_path / "work" / "sst2"
+        for name in ("memorised", "retrained"):
+            shutil.copytree(folder, main / name)
+        files = study.Plan("assessment", folder, tmp_path / "work").data("forget", "retain")
+        assert call(train, "--model", main / "memorised", *files, "--epochs", 1, "--out", main / "spul-0") == 0
+        (tmp_path / "sst2").mkdir()
+        chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-0.001", "chosen": True}]}
+        (tmp_path / "sst2" / "main.json").write_text(json.dumps(chosen))
+    study.main([kind, *args])
+    file = tmp_path / {"tofu": "tofu/tofu"}.get(kind, kind)
+    table, rows = file.with_suffix(".md").read_text(), json.loads(file.with_suffix(".json").read_text())["rows"]
+    assert "not run yet" not in table and len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) < 3
+    assert all(row["commands"] for row in rows) and not list((tmp_path / "work" / kind).glob("*.failed"))
+    if kind == "tofu":
+        names = ["retrained", "memorised", "vanilla", "GA+GD, lr 0.001", "NPO, lr 0.001", "SPUL"]
+        assert [row["method"] for row in rows] == names
+        assert table.count("| 1 |") == 1  # the retrained model's forget quality beside itself
+        assert len(rows[-1]["found"]["with"]["train forget"]["said"]) == 40
+    if kind == "requests":
+        assert table.splitlines()[4].startswith("| genetics + chemistry |")
+
+
+def test_a_model_is_cut_to_its_first_layers(folder, tmp_path):
+    made = command("results/cut.py", "--model", folder, "--layers", 2, "--out", tmp_path / "two")
+    assert made.returncode == 0, made.stderr
+    whole, two, tokens = Llama.from_pretrained(folder), Llama.from_pretrained(tmp_path / "two"), tokens_of(2, 9)
+    whole.layers = whole.layers[:2]
+    whole.config = dataclasses.replace(whole.config, num_hidden_layers=2)
+    torch.testing.assert_close(two(tokens), whole(tokens))
+    for args, pattern in [((3, "three"), "the model has 3"), ((1, "two"), "is there already")]:
+        failed = command("results/cut.py", "--model", folder, "--layers", args[0], "--out", tmp_path / args[1])
+        assert failed.returncode == 2 and re.search(pattern, failed.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- the demo and README

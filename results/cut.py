@@ -1,0 +1,37 @@
+"""Keep only a model's first layers: a smaller model of the same family, to be trained before it is of any use.
+
+    python results/cut.py --model smollm2 --layers 10 --out smollm2-10
+"""
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import Parser, filled, number, run  # noqa: E402
+from model import Llama  # noqa: E402
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--model", type=filled, required=True, metavar="DIR")
+    parser.add_argument("--layers", type=number(int, 1), required=True, metavar="N")
+    parser.add_argument("--out", type=filled, required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    model = Llama.from_pretrained(args.model, dtype=None)
+    if args.layers >= len(model.layers):
+        raise ValueError(f"--layers {args.layers}: the model has {len(model.layers)}")
+    if Path(args.out).exists():
+        raise ValueError(f"--out {args.out}: is there already")
+    model.layers = model.layers[: args.layers]
+    model.config = dataclasses.replace(model.config, num_hidden_layers=args.layers)
+    model.save_pretrained(args.out)
+    for file in Path(args.model).glob("tokenizer*"):
+        shutil.copyfile(file, Path(args.out) / file.name)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
