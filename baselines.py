@@ -27,8 +27,8 @@ from data import (check_disjoint, check_generic, collate, common_front, epoch_ba
                   read_sets, read_template)
 from eval import answer_hidden, measure
 from files import weight_files
-from finetune import (Lora, accuracy, add_lora_options, check_model_out, fit, make_trainable, memorise, save_model,
-                      swap)
+from finetune import (Lora, accuracy, add_lora_options, check_model_out, describe, fit, make_trainable, memorise,
+                      save_model, swap)
 from model import Llama
 from scale import peak_memory
 from spul import fingerprint
@@ -169,8 +169,8 @@ def sequence_ce(model, hidden, examples):
 
 
 def unlearn(model, examples, args, dtype, description, resume):
-    """Train model on examples by args.method -> steps made, the step at which its rule stopped it, or None, and the
-    number of parameters."""
+    """Train model on examples by args.method -> steps made, seconds they took, the step at which its rule stopped it,
+    or None, and the number of parameters."""
     forget = [i for i, e in enumerate(examples) if e.forget]
     hidden = answer_hidden(model, examples, batch_size=args.batch_size)  # the reference, before anything learns
     reference = dict(zip(forget, sequence_ce(model, [hidden[i] for i in forget], [examples[i] for i in forget])))
@@ -199,9 +199,9 @@ def unlearn(model, examples, args, dtype, description, resume):
         return LOSSES[args.method](t, **kwargs)
 
     plan = [epoch_batches(examples, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
-    steps = fit(model, plan, loss, lr=args.lr, seed=args.seed, clip=CLIP, out=args.out, description=description,
-                resume=resume, dtype=dtype)
-    return steps, stopped[0] if stopped else None, sum(p.numel() for p in trained)
+    steps, seconds = fit(model, plan, loss, lr=args.lr, seed=args.seed, clip=CLIP, out=args.out,
+                         description=description, resume=resume, dtype=dtype)
+    return steps, seconds, stopped[0] if stopped else None, sum(p.numel() for p in trained)
 
 
 @torch.no_grad()
@@ -249,11 +249,12 @@ def threshold(p, y, rate, conformal):
         q = scores[min(math.ceil((len(p) + 1) * (1 - rate)), len(p)) - 1].item()
         return max(q, 1 - q - 1e-6)
     own = p[y > 0].sort().values
-    return own[int(rate * len(own))].item() - 1e-6
+    return own[int(rate * len(own))].item() * (1 - 1e-6)  # just below it, and never below 0
 
 
 def make_eco(args, model, tokenizer, forget, retain):
-    """ECO: classifier and threshold from these rows, strength by zeroth-order search -> what guards.save takes."""
+    """ECO: classifier and threshold from these rows -> what guards.save takes. The strength is found by bisection:
+    their zeroth-order search is for the least accuracy, and stays at its start where another is aimed at."""
     limit = row_limit(args, 0)
     forget = make_examples(forget, tokenizer, args.template, limit, True)[0]
     examples = forget + make_examples(retain, tokenizer, args.template, limit)[0]
@@ -270,24 +271,23 @@ def make_eco(args, model, tokenizer, forget, retain):
           f"{100 * wrong.sum() / (1 - y[held]).sum():.1f} % of the others flagged; tau {tau:.3g}", flush=True)
     info = {"tau": tau, "corruption": args.corruption, "dims": args.dims, "strength": args.strength, "seed": args.seed}
 
-    def gap(strength):
+    def reached(strength):
         guard = guards.Eco({**info, "strength": strength}, {"w": w, "b": b})
-        return abs(measure(model, tokenizer, forget, guard=guard)["accuracy"] - target)
+        return measure(model, tokenizer, forget, guard=guard)["accuracy"]
 
     if args.strength is None:
         target, what = args.target, "as given"
         if isinstance(target, str):
             what = f"that of {target}"
             target = accuracy(Llama.from_pretrained(target, model.dtype, model.device), forget)
-        strength, mu, rate, least = 0.1, 0.0999, 100.0, 0.1  # theirs; the gap in place of the accuracy itself
-        tried = []
-        for _ in range(10):
-            here = gap(strength)
-            tried.append((here, strength))
-            slope = (gap(strength + mu) - gap(max(strength - mu, 1e-8))) / (2 * mu)
-            if here < 0.02 or not slope:
+        low, high, tried = -4.0, 3.0, []  # powers of ten: more strength, fewer right answers
+        for _ in range(12):
+            middle = (low + high) / 2
+            right = reached(10**middle)
+            tried.append((abs(right - target), 10**middle))
+            if tried[-1][0] < 0.005:
                 break
-            strength = max(least, strength - rate * slope)
+            low, high = (middle, high) if right > target else (low, middle)
         info["strength"] = min(tried)[1]
         print(f"strength {info['strength']:.3g}: {100 * min(tried)[0]:.1f} points from the forget accuracy aimed at, "
               f"{100 * target:.1f} %, {what}", flush=True)
@@ -304,9 +304,14 @@ def make_icul(args, model, tokenizer, forget, retain):
         raise ValueError("icul: a wrong label is needed, and there is only one")
     wrong = [(row.text, rng.choice([label for label in labels if label != row.label])) for row in forget]
     right = [(row.text, row.label) for row in rng.sample(retain, min(args.context, len(retain)))]
-    examples = make_examples(forget, tokenizer, args.template, row_limit(args, 0))[0]
+    limit = row_limit(args, 0)
+    examples = make_examples(forget, tokenizer, args.template, limit)[0]
+    shortest = min(examples + make_examples(retain, tokenizer, args.template, limit)[0], key=lambda e: len(e.ids))
+    info = {"k": args.k, "wrong": wrong, "right": right, "template": args.template}
+    tensors = {"x": guards.averages(model, examples, args.batch_size)}
+    guards.Icul(info, tensors).apply(model, tokenizer, [shortest])  # says so if the context leaves no room
     return ({"k": args.k, "wrong": wrong, "right": right, "seed": args.seed},
-            {"x": guards.averages(model, examples, args.batch_size)})
+            tensors)
 
 
 def make_guard(args, forget, retain):
@@ -335,7 +340,8 @@ def parse(argv):
     group = parser.add_argument_group("methods that change weights")
     group.add_argument("--train", choices=["full", "lora"], help="what learns (default full; llmu and retrain: lora)")
     add_lora_options(group)
-    group.add_argument("--lr", type=number(float, 0, above=True), help="peak (default 1e-5, with LoRA 1e-4; search it)")
+    group.add_argument("--lr", type=number(float, 0, above=True),
+                       help="peak (default 1e-5, with LoRA 1e-4: search it; retrain: as finetune.py)")
     group.add_argument("--epochs", type=number(int, 1), help="default 1, as the paper; retrain 5")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--generic", default="neutral,unknown", metavar="A,B|FILE",
@@ -410,9 +416,8 @@ def main(argv=None):
     print(f"{args.method}: {len(examples) - kept} forget and {kept} retain rows, lr {args.lr:g}, {args.epochs} epochs, "
           f"{args.train}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    steps, stopped, trained = unlearn(model, examples, args, dtype, options, going_on)
-    seconds = time.perf_counter() - began
+    description = describe(options, args.model, examples)
+    steps, seconds, stopped, trained = unlearn(model, examples, args, dtype, description, going_on)
     if stopped:
         print(f"stopped at step {stopped}: the forget rows' cross-entropy is above {args.stop_ce:.3g}")
     if args.method == "sku":

@@ -126,7 +126,7 @@ def check_disjoint(forget, retain):
 def read_generic(spec):
     """The generic answers, "A,B,..." or a file with one on each line, each once."""
     try:
-        words = Path(spec).read_text(encoding="utf-8").splitlines() if Path(spec).is_file() else spec.split(",")
+        words = Path(spec).read_text(encoding="utf-8-sig").splitlines() if Path(spec).is_file() else spec.split(",")
     except UnicodeDecodeError as e:
         raise ValueError(f"{spec}: not UTF-8 (byte {e.start})") from None
     words = list(dict.fromkeys(word.strip() for word in words if word.strip()))

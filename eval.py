@@ -30,7 +30,8 @@ from spul import fingerprint, load_prompt
 MAX_LABELS = 50  # more different answers than this are no label set
 METRICS = ["accuracy", "probability", "f1", "generic", "outside", "commonest", "flagged", "per_token", "rouge_l",
            "truth_ratio", "utility"]
-COSTS = {"trainable": "parameters trained", "seconds": "s of training", "peak_bytes": "bytes of memory at most"}
+COSTS = {"trainable": "parameters trained", "steps": "steps", "seconds": "s in them",
+         "peak_bytes": "bytes of memory at most"}
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -241,7 +242,7 @@ def load_prompts(folders, config, base_sha256):
     infos = [info for _, info in loaded]
     words = {key: list(dict.fromkeys(word for info in infos for word in info.get(key) or []))
              for key in ("generic", "labels")}
-    cost = {key: combine(info[key] for info in infos) for key, combine in zip(COSTS, (sum, sum, max))
+    cost = {key: combine(info[key] for info in infos) for key, combine in zip(COSTS, (sum, sum, sum, max))
             if all(key in info for info in infos)}
     return torch.cat([phi for phi, _ in loaded]), {**info, **words, **cost}
 

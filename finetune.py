@@ -8,6 +8,7 @@ weights in float32 at the end and saved as a plain model folder. `fit` is the lo
 baselines.py unlearns with it, demo/make.py trains the demo's model from nothing.
 """
 
+import hashlib
 import math
 import platform
 import re
@@ -26,7 +27,8 @@ import spul
 from cli import Parser, add_options, filled, hardware, load_model, number, row_limit, run
 from data import collate, epoch_batches, make_examples, read_rows, read_template
 from eval import answer_hidden, score
-from files import read_json, write_json
+from files import read_json, weight_files, write_json
+from model import Llama
 from scale import peak_memory
 from train import WEIGHT_DECAY, interrupt, learning_rate
 
@@ -103,7 +105,7 @@ def casting(model, dtype):
 
 def fit(model, plan, loss, *, lr, seed, weight_decay=WEIGHT_DECAY, clip=1.0, out=None, description=None, resume=False,
         dtype=None, after_epoch=None):
-    """Minimise loss(indices, step) over the plan, epochs of batches of indices -> how many steps were made.
+    """Minimise loss(indices, step) over the plan, epochs of batches of indices -> how many steps, in how many seconds.
 
     A loss of None ends it. out: a folder for the state, written after each epoch and at Ctrl-C, from which `resume`
     goes on; description: what the state's run has to agree with. after_epoch(epoch) is called between epochs. Raises
@@ -111,9 +113,14 @@ def fit(model, plan, loss, *, lr, seed, weight_decay=WEIGHT_DECAY, clip=1.0, out
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-    steps, step, first = sum(map(len, plan)), 0, 0
+    steps, step, first, seconds = sum(map(len, plan)), 0, 0, 0.0
+
+    def save():
+        spul.save_state(out, model, optimizer, step, {**description, "seconds": seconds})
+
     if resume:
         first, earlier = spul.read_run(out)
+        seconds = earlier.pop("seconds", 0.0)
         if earlier != description:
             changed = [name for name in description if earlier.get(name) != description[name]]
             raise ValueError(f"--resume: not the run that was started in {out}: {', '.join(changed)} changed")
@@ -121,7 +128,7 @@ def fit(model, plan, loss, *, lr, seed, weight_decay=WEIGHT_DECAY, clip=1.0, out
     with interrupt() as stopping:
         for epoch, batches in enumerate(plan):
             for indices in tqdm(batches, desc=f"epoch {epoch + 1} of {len(plan)}", unit="step", leave=False):
-                step += 1
+                step, began = step + 1, time.perf_counter()
                 if step <= first:
                     continue
                 optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, lr)
@@ -129,25 +136,32 @@ def fit(model, plan, loss, *, lr, seed, weight_decay=WEIGHT_DECAY, clip=1.0, out
                 with casting(model, dtype or model.dtype):
                     value = loss(indices, step)
                 if value is None:
-                    return step - 1
+                    return step - 1, seconds
                 if not value.isfinite():
                     raise FloatingPointError(f"step {step} of {steps}: the loss is not finite; lower --lr {lr:g}")
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 nn.utils.clip_grad_norm_(trained, clip)
                 optimizer.step()
+                seconds += time.perf_counter() - began
                 if stopping():
                     if not out:
                         raise KeyboardInterrupt
-                    spul.save_state(out, model, optimizer, step, description)
+                    save()
                     raise KeyboardInterrupt(f"stopped after step {step} of {steps}, saved in {out}: the same command "
                                             "with --resume goes on")
             if step > first:
-                if out and step < steps:
-                    spul.save_state(out, model, optimizer, step, description)
+                if out:  # after the last one, too: what follows may be cut short
+                    save()
                 if after_epoch:
                     after_epoch(epoch)
-    return step
+    return step, seconds
+
+
+def describe(options, model, examples):
+    """What a resumed run has to agree with: the options, the model's weights and the rows."""
+    return {**options, "weights": spul.fingerprint(model),
+            "rows": hashlib.sha256(repr(examples).encode()).hexdigest()}
 
 
 def accuracy(model, examples):
@@ -161,10 +175,11 @@ def accuracy(model, examples):
 def check_model_out(args):
     """Look at --out, a new model folder -> whether a run in it goes on."""
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is no folder")
+    for ground in (out, *out.absolute().parents):
+        if ground.exists() and not ground.is_dir():
+            raise ValueError(f"--out {out}: {ground} is no folder")
     there = {file.name for file in out.iterdir()} if out.is_dir() else set()
-    if there - {spul.STATE, f".{spul.STATE}.tmp"}:
+    if there - {spul.STATE, f".{spul.STATE}.tmp"} and (spul.STATE not in there or "config.json" in there):
         raise ValueError(f"--out {out}: holds something already: choose a new folder")
     if there and not args.resume:
         raise ValueError(f"--out {out}: holds a run that has not finished: --resume goes on with it, or delete it")
@@ -212,9 +227,22 @@ def merge_adapter(model, folder):
     except (safetensors.SafetensorError, OSError) as e:
         raise ValueError(f"{file}: no whole safetensors file: {e}") from None
 
+    numbers = [config.get("r"), config.get("lora_alpha")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{folder}: {name} {config[name]!r} is not supported")
+        numbers += (config.get(name) or {}).values()
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"{folder}: r, lora_alpha or one of their patterns is no number")
+    if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        raise ValueError(f"{file}: {broken[0]} is not finite")
+
     def of(pattern, module, default):  # peft's rule: the first key that is the module's name or the end of it
-        return next((value for key, value in (config.get(pattern) or {}).items()
-                     if re.match(rf"(.*\.)?({key})$", module)), default)
+        try:
+            return next((value for key, value in (config.get(pattern) or {}).items()
+                         if re.match(rf"(.*\.)?({key})$", module)), default)
+        except re.error as e:
+            raise ValueError(f"{folder}: {pattern}: no regular expression: {e}") from None
 
     weights = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in model.named_parameters()}
     for name in sorted(tensors):
@@ -267,9 +295,8 @@ def memorise(args, rows, going_on):
                   f"{time.perf_counter() - began:.0f} s", flush=True)
 
     plan = [epoch_batches(examples, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
-    steps = fit(model, plan, loss, lr=args.lr, seed=args.seed, out=out, description=options, resume=going_on,
-                dtype=dtype, after_epoch=say)
-    seconds = time.perf_counter() - began
+    steps, seconds = fit(model, plan, loss, lr=args.lr, seed=args.seed, out=out, resume=going_on, dtype=dtype,
+                         description=describe(options, args.model, examples), after_epoch=say)
     swap(model, Lora, Lora.merged)
     model.to(dtype)
     last = accuracy(model, examples)
@@ -300,7 +327,9 @@ def main(argv=None):
         raise ValueError("--quantize: memorising needs weights of 16 or 32 bit")
     args.template, going_on = read_template(args.template or "sentiment"), check_model_out(args)
     if args.adapter:
-        model, _ = load_model(args)
+        weight_files(args.model)
+        device, dtype = hardware(args)
+        model = Llama.from_pretrained(args.model, None if args.dtype == "auto" else dtype, device)  # None: the file's
         merge_adapter(model, args.adapter)
         save_model(model, args, {"method": "adapter", "model": args.model, "adapter": args.adapter})
         print(f"merged into {args.out}")

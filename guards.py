@@ -143,6 +143,9 @@ def load(folder, base_sha256):
     info = read_json(folder / "guard.json")
     if info.get("format") != "spul guard 1" or info.get("method") not in KINDS:
         raise ValueError(f"{folder / 'guard.json'}: not as baselines.py writes it")
+    needed = {"eco": ("tau", "corruption", "dims", "strength", "seed"), "icul": ("k", "wrong", "right", "template")}
+    if missing := [name for name in needed[info["method"]] if name not in info]:
+        raise ValueError(f"{folder / 'guard.json'}: no {', '.join(missing)} in it")
     if info.get("base_sha256") != base_sha256:
         raise ValueError(f"{folder}: made for another model ({info.get('model')}), and means nothing to this one")
     try:

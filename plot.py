@@ -38,8 +38,8 @@ def moving_average(values, n=SMOOTH):
 
 
 def trade_off(plt, file):
-    rows = [row for row in read_json(file).get("rows", []) if row.get("chosen")]
-    if not rows:
+    rows = [row for row in read_json(file).get("rows", []) if isinstance(row, dict) and row.get("chosen")]
+    if not rows or not all("splits" in row for row in rows):
         raise ValueError(f"{file}: no table of results/study.py")
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for panel, part in zip(panels, ("train", "test")):

@@ -27,7 +27,10 @@ def find_regex(expression, where):
 
 def find_names(file):
     """As find_regex, for a file of names; white space in a name stands for any."""
-    names = [line.split() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        names = [line.split() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: not UTF-8 (byte {e.start})") from None
     if not names:
         raise ValueError(f"{file}: no names in it, one a line is expected")
     one_of = "|".join(r"\s+".join(map(re.escape, words)) for words in names)
@@ -94,6 +97,9 @@ def main(argv=None):
         raise ValueError(f"--forget-clusters {args.forget_clusters}: numbers are expected, such as 0,3") from None
     if chosen and not args.clusters or min(chosen, default=0) < 0:
         raise ValueError("--forget-clusters goes with --clusters, and counts from 0")
+    for file in filter(None, (args.rows, args.test)):
+        if Path(file).exists() and not Path(file).is_file():
+            raise ValueError(f"{file}: a file is needed, which is read twice")
     rows, out = read_rows(args.rows), Path(args.out)
     test = read_rows(args.test) if args.test else []
     if flagged := next((row for row in rows + test if row.forget is not None), None):

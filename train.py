@@ -407,6 +407,7 @@ def main(argv=None):
         "labels": labels and [name for name in labels if name not in args.generic], "options": options,
         "seed": args.seed, "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "trainable": sum(t.numel() for t in prompt.parameters()), "peak_bytes": peak_memory(model.device),
+        "steps": steps,
         "seconds": sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines()),
         "results": {"without": before, "with": after}})
     (out / spul.STATE).unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""The tables of study.py: from a study's runs and what they measured to rows, for JSON, and to markdown."""
+
+import math
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import assess  # noqa: E402
+from files import read_json  # noqa: E402
+
+COLUMNS = ("train retain", "train forget", "test retain", "test forget")  # the paper's order
+PAPER = {  # accuracy of LLaMA-2-7B in the columns' order; for "sciq" it forgets WMDP's biology and retains SciQ
+    "sst2": {"vanilla": (37.50, 31.79, 37.51, 29.67), "memorised": (99.89, 99.72, 95.57, 96.07),
+             "GA": (55.66, 53.93, 55.96, 56.89), "RL": (33.31, 13.82, 31.00, 14.26),
+             "GA+KL": (55.64, 53.96, 55.94, 56.89), "GA+GD": (97.17, 13.75, 94.43, 11.31),
+             "SPUL": (99.15, 12.98, 94.93, 16.07)},
+    "sciq": {"memorised": (99.74, 98.11, 91.80, 62.73), "GA+GD": (99.42, 27.22, 90.00, 22.25),
+             "SPUL": (99.38, 5.44, 89.70, 3.22)},
+}
+
+
+def shown(command):
+    return "python " + shlex.join(map(str, command))
+
+
+def collect(runs):
+    """-> the table's rows. Of a baseline's runs the one with most retain less forget accuracy on train is chosen."""
+    rows = []
+    for run in runs:
+        file = run.commands[-1][-1]
+        row = {"method": run.method, "name": run.name, "chosen": False, "commands": list(map(shown, run.commands))}
+        if file.exists():
+            found = read_json(file)
+            row |= {"splits": found["with"] or found["without"], "cost": found["cost"]}
+        elif file.with_suffix(".failed").exists():
+            row["failed"] = file.with_suffix(".failed").read_text().strip()
+        rows.append(row)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        here = [row for row in rows if row["method"] == method and "splits" in row]
+        for row in here if method == "SPUL" else sorted(here, key=gain)[-1:]:
+            row["chosen"] = True
+    return rows
+
+
+def gain(row):
+    return row["splits"]["train retain"]["accuracy"] - row["splits"]["train forget"]["accuracy"]
+
+
+def per_cent(values):
+    """Fractions -> their mean in per cent, and the spread of several."""
+    values = [100 * v for v in values]
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.1f}{spread}"
+
+
+def markdown(rows, paper):
+    """Two tables: accuracy and F1 beside the paper's accuracy; and what else was measured, with the cost."""
+    first = ["| method | " + " | ".join(COLUMNS) + " | paper's accuracy | run |", "|---" + "|---:" * 4 + "|---|---|"]
+    second = ["| method | outside, train forget | commonest, train forget | outside, train retain | flagged, of train "
+              "forget / retain | trainable | steps | s in them | peak GB |", "|---" + "|---:" * 8 + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        here = [row for row in rows if row["method"] == method and row["chosen"]]
+        if not here:
+            reasons = {row.get("failed", "not run yet") for row in rows if row["method"] == method}
+            first.append(f"| {method} | " + "| " * 4 + f"| {'; '.join(sorted(reasons))} |")
+            continue
+
+        def values(split, metric, form=per_cent):
+            found = [row["splits"][split][metric] for row in here if metric in row["splits"][split]]
+            return form(found) if found else ""
+
+        def cost(name, form):
+            found = [row["cost"][name] for row in here if name in row["cost"]]
+            return form(sum(found) / len(found)) if found else ""
+
+        cells = [f"{values(split, 'accuracy')} / {values(split, 'f1')}" for split in COLUMNS]
+        theirs = " / ".join(f"{value:.1f}" for value in paper.get(method, ()))
+        first.append(f"| {method} | " + " | ".join([*cells, theirs, ", ".join(row["name"] for row in here)]) + " |")
+        flagged = " / ".join(filter(None, (values(split, "flagged") for split in ("train forget", "train retain"))))
+        second.append(f"| {method} | " + " | ".join([
+            values("train forget", "outside"), values("train forget", "commonest"), values("train retain", "outside"),
+            flagged, cost("trainable", "{:,.0f}".format), cost("steps", "{:.0f}".format),
+            cost("seconds", "{:.0f}".format), cost("peak_bytes", lambda b: f"{b / 1e9:.1f}")]) + " |")
+    return "\n".join(["Accuracy / weighted F1, %.", "", *first, "", *second]) + "\n"
+
+
+def grid(head, rows):
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|",
+                      *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def others(study, runs):
+    """-> rows and table of a study that is not the paper's: what each run found, whole, and its columns."""
+    rows, cells = [], []
+    for run in runs:
+        file = run.commands[-1][-1]
+        row = {"method": run.method, "name": run.name, "commands": list(map(shown, run.commands))}
+        rows.append(row)
+        if not file.exists():
+            cells.append([run.method, "not run yet"])
+            continue
+        found, more = read_json(file), read_json(file.with_suffix(".more.json")) if study in MORE else None
+        row |= {"found": found} | ({"more": more} if more else {})
+        cells.append([run.method, *TABLES[study][1](found, more)])
+    return rows, grid(TABLES[study][0], cells)
+
+
+def robust_cells(found, more):
+    sides = {side: [value for line, value in found["found"]["with"]["robustness"].items() if line.endswith(side)]
+             for side in ("forget", "retain")}
+    plain = [more["with"][split]["accuracy"] for split in ("train forget", "train retain", "test retain")]
+    mean = [sum(values) / len(values) for values in sides.values()]
+    return [f"{100 * v:.1f}" for v in (*plain, mean[0], max(sides["forget"]), mean[1], min(sides["retain"]))]
+
+
+def tofu_cells(found, more):
+    side = found["with"] or found["without"]
+    for split in side.values():
+        if split is not side["train forget"]:
+            split.pop("said", None), split.pop("ratios", None)
+    forget, retain = side["train forget"], side["train retain"]
+    quality = found["forget_quality"] or {}
+    values = [*(forget[m] for m in ("per_token", "rouge_l", "truth_ratio", "generic")),
+              *(retain[m] for m in ("per_token", "rouge_l", "truth_ratio", "generic", "utility"))]
+    return [*(f"{100 * v:.1f}" for v in values), f"{quality.get('with', quality.get('without', math.nan)):.2g}"]
+
+
+def request_cells(found, more):
+    return [f"{100 * r['with'][split]['accuracy']:.1f}" for r, split in
+            ((more, "train forget"), (found, "train forget"), (more, "train retain"))]
+
+
+MORE = ("robust", "requests")
+TABLES = {
+    "robust": (["prompt", "train forget", "train retain", "test retain", "changed queries: forget, mean", "worst",
+                "retain, mean", "worst"], robust_cells),
+    "tofu": (["method", "forget: P(a)^(1/n)", "ROUGE-L", "truth ratio", "generic", "retain: P(a)^(1/n)", "ROUGE-L",
+              "truth ratio", "generic", "utility", "forget quality, p"], tofu_cells),
+    "requests": (["prompts", "genetics", "chemistry", "the rest"], request_cells),
+}
+
+
+def assessments(runs):
+    """One table of two assessments: the model before, with SPUL's prompt, GA+GD's, and the retrained one."""
+    files = [run.commands[-1][-1] for run in runs]
+    found = [read_json(file)["lines"] if file.exists() else [] for file in files]
+    rows = [{"method": run.method, "name": run.name, "commands": list(map(shown, run.commands)), "lines": lines}
+            for run, lines in zip(runs, found)]
+    beside = {(row["part"], row["line"]): row for row in found[1]}
+    cells = []
+    for row in found[0]:
+        columns = [row, row, beside.get((row["part"], row["line"]), {**row, "with": None}), row]
+        values = map(assess.shown, columns, ("before", "with", "with", "retrained"))
+        cells.append([row["line"], row["part"], row["what"], row["better"], *values])
+    head = ["line", "part", "what it is", "better", "before", *(run.method for run in runs), "retrained"]
+    return rows, grid(head, cells)
+
+
+def table(study, runs):
+    """-> a study's rows and its text."""
+    if study in TABLES:
+        return others(study, runs)
+    if study == "assessment":
+        return assessments(runs)
+    rows = collect(runs)
+    return rows, markdown(rows, PAPER.get(study, {}))
