@@ -304,14 +304,9 @@ def make_icul(args, model, tokenizer, forget, retain):
         raise ValueError("icul: a wrong label is needed, and there is only one")
     wrong = [(row.text, rng.choice([label for label in labels if label != row.label])) for row in forget]
     right = [(row.text, row.label) for row in rng.sample(retain, min(args.context, len(retain)))]
-    limit = row_limit(args, 0)
-    examples = make_examples(forget, tokenizer, args.template, limit)[0]
-    shortest = min(examples + make_examples(retain, tokenizer, args.template, limit)[0], key=lambda e: len(e.ids))
-    info = {"k": args.k, "wrong": wrong, "right": right, "template": args.template}
-    tensors = {"x": guards.averages(model, examples, args.batch_size)}
-    guards.Icul(info, tensors).apply(model, tokenizer, [shortest])  # says so if the context leaves no room
+    examples = make_examples(forget, tokenizer, args.template, row_limit(args, 0))[0]
     return ({"k": args.k, "wrong": wrong, "right": right, "seed": args.seed},
-            tensors)
+            {"x": guards.averages(model, examples, args.batch_size)})
 
 
 def make_guard(args, forget, retain):
