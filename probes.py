@@ -150,9 +150,10 @@ def membership(s, c):
 
 def removed(s, c):
     forget = c.examples("train forget")
-    log_p = [math.exp(value.sum().item()) for value in token_log_p(s, forget)]
-    found = {"train forget": accuracy(s, forget), "test forget": accuracy(s, c.examples("test forget")),
-             "one of 8 samples": sum(1 - (1 - min(p, 1.0)) ** 8 for p in log_p) / len(log_p)}
+    scores = score(s.model, answer_hidden(s.model, forget, s.phi), forget)
+    found = {"train forget": sum(right for right, _, _ in scores) / len(scores),
+             "test forget": accuracy(s, c.examples("test forget")),
+             "one of 8 samples": sum(1 - (1 - min(math.exp(log_p), 1.0)) ** 8 for _, log_p, _ in scores) / len(scores)}
     bare = {} if s.phi is None else {"prompt left out": accuracy(dataclasses.replace(s, phi=None), forget)}
     return found | bare
 
@@ -215,10 +216,8 @@ def robustness(s, c):
                                c.tokenizer.special | set(range(size, len(table))))
         changed["neighbouring words"] = []
         for i, e in enumerate(examples):
-            ids, text = torch.tensor([e.ids], device=table.device), torch.zeros(1, len(e.ids), dtype=torch.bool)
-            text[0, slice(*e.text)] = True
-            draw = torch.Generator(table.device).manual_seed(i)
-            ids = spul.semantic(ids, text.to(table.device), 0.2, near, [draw])[0].tolist()
+            batch, draw = collate([e], table.device, last=True), torch.Generator(table.device).manual_seed(i)
+            ids = spul.semantic(batch.tokens, batch.text, 0.2, near, [draw])[0].tolist()
             changed["neighbouring words"].append(dataclasses.replace(e, ids=tuple(ids)))
         for name in ROBUSTNESS:
             found[f"{name}, {side}"] = accuracy(s, changed[name])

@@ -1094,16 +1094,8 @@ def test_corruption_is_drawn_anew_at_each_step_and_again_after_a_stop(kind, fold
     def args(name, *more):
         return train_args(folder, files, tmp_path / name, "--epochs", 2, "--corrupt", kind, *more)
 
-    rate, calls = train.learning_rate, []
-
-    def stop(*given):
-        calls.append(given)
-        if len(calls) == 8:
-            signal.raise_signal(signal.SIGINT)
-        return rate(*given)
-
     assert call(train, *args("whole")) == 0
-    monkeypatch.setattr(train, "learning_rate", stop)
+    stop_at(8, monkeypatch, train)
     assert call(train, *args("part")) == 130 and call(train, *args("part", "--resume")) == 0
     assert torch.equal(phi_of(tmp_path / "whole"), phi_of(tmp_path / "part"))
     assert call(train, *args("strong", "--corrupt-strength", 0.9)) == 0
@@ -1519,9 +1511,9 @@ def test_targets_choose_the_layers_that_get_a_lora(folder, files, tmp_path, caps
     assert "the linear layers are down_proj, gate_proj" in capsys.readouterr().err
 
 
-def stop_at(step, monkeypatch):
-    """From now on fine-tuning is interrupted once, at that step. -> the list of its steps' calls."""
-    rate, calls = finetune.learning_rate, []
+def stop_at(step, monkeypatch, module=finetune):
+    """From now on the module's training is interrupted once, at that step. -> the list of its steps' calls."""
+    rate, calls = module.learning_rate, []
 
     def stop(*given):
         calls.append(given)
@@ -1529,7 +1521,7 @@ def stop_at(step, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return rate(*given)
 
-    monkeypatch.setattr(finetune, "learning_rate", stop)
+    monkeypatch.setattr(module, "learning_rate", stop)
     return calls
 
 
