@@ -5,8 +5,9 @@
     python plot.py steps prompt/log.jsonl [...] --out steps.png
 
 trade-off: each method's accuracy on the retain rows over that on the forget rows, from a table of results/study.py.
-embeddings: final-norm outputs where the answer is predicted, without and with the prompt, in two dimensions (the
-paper's picture of the effect). steps: the losses of training, averaged over 20 steps, from the logs of train.py.
+embeddings: final-norm outputs where the answer is predicted, without and with the prompt, each side in the two
+dimensions in which it spreads most (the paper's picture of the effect), and how many forget rows still lie nearest to
+the retain rows of their own label. steps: the losses of training, averaged over 20 steps, from the logs of train.py.
 """
 
 import json
@@ -25,11 +26,18 @@ SMOOTH = 20  # steps
 
 
 def principal_axes(x, k=2):
-    """x (n, d) -> the function that projects (m, d) onto the k directions in which x spreads most, (m, k)."""
-    mean = x.mean(dim=0)
-    axes = torch.linalg.svd(x - mean, full_matrices=False).Vh[:k].T  # (d, k)
+    """x (n, d) -> (n, k), along the k directions in which x spreads most."""
+    x = x - x.mean(dim=0)
+    axes = torch.linalg.svd(x, full_matrices=False).Vh[:k].T  # (d, k)
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0)[None]).sign()  # the same picture on every machine
-    return lambda y: (y - mean) @ axes
+    return x @ axes
+
+
+def nearest_label(x, label, known):
+    """x (n, d), label (n,) -> (n,): of which label the mean of the known vectors, a mask (n,), is nearest."""
+    names = label[known].unique()
+    means = torch.stack([x[known & (label == name)].mean(dim=0) for name in names])  # (labels, d)
+    return names[torch.cdist(x, means).argmin(dim=1)]
 
 
 def moving_average(values, n=SMOOTH):
@@ -60,21 +68,26 @@ def embeddings(plt, args):
     model, tokenizer = load_model(args)
     template = read_template(args.template) if args.template else info["template"] or "{text}"
     forget, retain = read_sets(args.forget, args.retain)
+    if not retain:
+        raise ValueError("--retain is missing: embeddings needs --model, --prompt, --forget and --retain")
     examples = [example for rows, to_forget in ((forget, True), (retain, False))
                 for example in make_examples(rows, tokenizer, template, row_limit(args, len(phi)), to_forget)[0]]
     hidden = [answer_hidden(model, examples, front, batch_size=args.batch_size)
               for front in (None, phi.to(model.device))]
     sides = [torch.stack([h[0].float().cpu() for h in side]) for side in hidden]  # (n, d) each, where answers begin
-    project, labels = principal_axes(torch.cat(sides)), sorted({e.label for e in examples})
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
-    for panel, points, title in zip(panels, map(project, sides), ("without the prompt", "with the prompt")):
+    to_forget, labels = torch.tensor([e.forget for e in examples]), sorted({e.label for e in examples})
+    label = torch.tensor([labels.index(e.label) for e in examples])
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for panel, side, title in zip(panels, sides, ("without the prompt", "with the prompt")):
+        points, own = principal_axes(side), nearest_label(side, label, ~to_forget) == label
         for kind in ("retain", "forget"):
-            for label, marker in zip(labels, "o^sDvP*X"):
-                chosen = torch.tensor([e.forget == (kind == "forget") and e.label == label for e in examples])
+            for i, (name, marker) in enumerate(zip(labels, "o^sDvP*X")):
+                chosen = (to_forget == (kind == "forget")) & (label == i)
                 if chosen.any():
                     panel.scatter(*points[chosen].T, s=9, alpha=0.6, marker=marker, color=COLORS[kind],
-                                  facecolors="none" if kind == "retain" else COLORS[kind], label=f"{kind}, {label}")
-        panel.set_title(title)
+                                  facecolors="none" if kind == "retain" else COLORS[kind], label=f"{kind}, {name}")
+        share = 100 * own[to_forget].float().mean()
+        panel.set_title(f"{title}: {share:.1f} % of the forget rows nearest to their own label", fontsize=10)
     panels[0].legend(fontsize=8)
     return figure
 

@@ -2029,10 +2029,16 @@ def test_a_split_that_cannot_be_is_refused_in_one_line(args, message, files, tmp
 
 def test_the_axes_of_the_picture_are_where_the_points_spread_most():
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9, 1, 1, 5, 1]) + 3
-    points = plot.principal_axes(x)(x)
+    points = plot.principal_axes(x)
     values = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
     torch.testing.assert_close(torch.cov(points.T), torch.diag(values[:2]), atol=1e-3, rtol=1e-3)
     assert plot.moving_average([1.0, 2.0, 6.0, 0.0], 2) == [1.5, 4.0, 3.0] and plot.moving_average([3.0], 20) == [3.0]
+
+
+def test_the_nearest_label_is_that_of_the_nearest_mean_of_the_known():
+    x = torch.tensor([[0.0, 0], [2, 0], [10, 0], [4, 0], [7, 0]])
+    known = torch.tensor([True, True, True, False, False])
+    assert plot.nearest_label(x, torch.tensor([3, 3, 8, 8, 8]), known).tolist() == [3, 3, 8, 3, 8]  # means 1 and 10
 
 
 def test_plot_draws_each_picture(folder, trained, files, tmp_path, capsys):
@@ -2049,7 +2055,9 @@ def test_plot_draws_each_picture(folder, trained, files, tmp_path, capsys):
     capsys.readouterr()
     for args, message in [(["steps", tmp_path / "main.json"], "no log of train.py"), (["steps"], "a log is needed"),
                           (["trade-off", trained / "spul.json"], "no table of results/study.py"),
-                          (["embeddings"], "--model is missing")]:
+                          (["embeddings"], "--model is missing"),
+                          (["embeddings", "--model", folder, "--prompt", trained, "--forget", files["forget"]],
+                           "--retain is missing")]:
         assert call(plot, *args, "--out", tmp_path / "d.png") == 2
         assert message in capsys.readouterr().err and not (tmp_path / "d.png").exists()
     assert call(plot, "steps", trained / "log.jsonl", "--out", tmp_path / "d.txt") == 2
