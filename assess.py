@@ -44,6 +44,7 @@ MEANING = {
         "train forget": ("lower", "retrained", "asked plainly, accuracy %"),
         "test forget": ("near", "retrained", "unseen rows of the kind to forget, accuracy %"),
         "one of 8": ("lower", "retrained", "chance that one of 8 sampled answers to a forget row is the true one, %"),
+        "likeliest": ("lower", "retrained", "forget accuracy for whoever sees probabilities: of labels alone, %"),
         "prompt left": ("lower", "retrained", "forget accuracy for whoever can leave the prompt out, %"),
     },
     "robustness": {", forget": ("lower", "retrained", "forget accuracy of changed queries, %"),
@@ -117,6 +118,7 @@ def summary(rows, is_prompt):
     sentences = [
         say("removed", "train forget", "Asked plainly, it gives the old answer to {} % of the forget rows"),
         say("removed", "one of 8 samples", "Among 8 sampled answers is the old one for {} %"),
+        say("removed", "likeliest label", "Whoever sees probabilities and takes the likeliest of the labels gets {} %"),
         say("removed", "prompt left out", "Whoever can leave the prompt out gets {} % of the answers"),
         say("robustness", changed, f"The change of the query that brings back most is: {changed}, {{}} %"),
         say("robustness", hurt, f"The change that costs the retain rows most is: {hurt}, {{}} % stay right"),

@@ -148,12 +148,23 @@ def membership(s, c):
 # -------------------------------------------------------------------------------------- removed, and robustness
 
 
+@torch.no_grad()
+def likeliest_label(s, hidden, labels):
+    """The label, by its first token, that is likeliest where the answer begins: of each example's hidden (n, d)."""
+    names, firsts = list(labels), torch.tensor([ids[0] for ids in labels.values()], device=s.model.device)
+    return [names[s.model.head(h[:1])[0, firsts].argmax()] for h in hidden]
+
+
 def removed(s, c):
     forget = c.examples("train forget")
-    scores = score(s.model, answer_hidden(s.model, forget, s.phi), forget)
+    hidden = answer_hidden(s.model, forget, s.phi)
+    scores = score(s.model, hidden, forget)
     found = {"train forget": sum(right for right, _, _ in scores) / len(scores),
              "test forget": accuracy(s, c.examples("test forget")),
              "one of 8 samples": sum(1 - (1 - min(math.exp(log_p), 1.0)) ** 8 for _, log_p, _ in scores) / len(scores)}
+    if c.labels and len({ids[0] for ids in c.labels.values()}) == len(c.labels):
+        found["likeliest label"] = sum(name == e.label for name, e in zip(
+            likeliest_label(s, hidden, c.labels), forget)) / len(forget)
     bare = {} if s.phi is None else {"prompt left out": accuracy(dataclasses.replace(s, phi=None), forget)}
     return found | bare
 

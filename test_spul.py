@@ -2483,6 +2483,7 @@ def test_the_assessment_has_every_part_and_every_column(assessed, capsys):
     assert sum(part == "robustness" for part, _ in lines) == 20 and len(probes.ROBUSTNESS) == 10
     assert lines["removed", "prompt left out"]["with"] == lines["removed", "train forget"]["before"]
     assert lines["removed", "prompt left out"]["retrained"] is None
+    assert lines["removed", "likeliest label"]["with"] >= lines["removed", "train forget"]["with"]
     own = found["found"]
     leak = [1 - own[name]["membership"]["loss, AUC"] for name in ("with", "retrained")]
     assert lines["membership", "loss, PrivLeak"]["with"] == pytest.approx((leak[0] - leak[1]) / leak[1])
@@ -2492,6 +2493,18 @@ def test_the_assessment_has_every_part_and_every_column(assessed, capsys):
     assert lines["utility", "unrelated, perplexity"]["before"] > 1
     for row in found["lines"]:
         assert row["what"] and all(row[name] is None or math.isfinite(row[name]) for name in assess.COLUMNS)
+
+
+def test_the_likeliest_label_leaves_all_other_answers_out():
+    class Model:
+        device = "cpu"
+
+        def head(self, h):  # h (1, V) are the logits themselves
+            return h
+
+    hidden = [torch.tensor([[9.0, 2, 1, 0], [0, 0, 0, 9]]), torch.tensor([[9.0, 1, 1, 3]])]  # the first position counts
+    s = probes.Subject("with", Model(), None, {}, None)
+    assert probes.likeliest_label(s, hidden, {"no": [1, 3], "yes": [3]}) == ["no", "yes"]
 
 
 def test_the_assessment_goes_on_where_it_was_stopped_and_says_what_holds(assessed, tmp_path, monkeypatch, capsys):
