@@ -15,7 +15,8 @@ import random
 import time
 from pathlib import Path
 
-from cli import DEMO, Parser, add_options, filled, load_model, number, read_splits, row_limit, run, use_demo
+from cli import (DEMO, Parser, add_options, check_same_shape, filled, hardware, load_model, number, read_splits,
+                 row_limit, run, use_demo)
 from data import check_disjoint, read_rows, read_template
 from eval import label_set, load_prompts
 from files import read_json, write_json
@@ -55,7 +56,8 @@ MEANING = {
                   ", retain": ("higher", "before", "retain accuracy with rounded weights, %")},
     "utility": {"unrelated, perplexity": ("lower", "before", "of unrelated text"),
                 "": ("higher", "before", "accuracy %")},
-    "cost": {"": ("lower", "", "as the line says")},
+    "cost": {"bytes": ("lower", "", "to be stored besides the model it was made from"),
+             "": ("lower", "", "as the line says")},
 }
 
 
@@ -131,23 +133,27 @@ def summary(rows, is_prompt):
         say("utility", "train retain", "Of the rows to keep, {} % stay right"),
         say("utility", "unrelated, perplexity", "The perplexity of unrelated text is {}"),
     ]
-    verdict = ("Rely on it where every query has the prompt in front and comes as it did in training. Do not rely on "
-               "it where the data itself has to be gone: the weights still hold it, and so does whoever holds them."
-               if is_prompt else
-               "The weights were changed, so nothing can be left out. What those lines bring back is still in them.")
-    return "\n".join([*filter(None, sentences), verdict])
+    plain = values.get(("removed", "train forget"))
+    if not plain or plain["with"] is None:
+        verdict = None
+    elif plain["with"] > max(plain["before"] / 2, plain["retrained"] or 0):
+        verdict = "Do not rely on it: asked plainly, it still gives most of the old answers."
+    elif is_prompt:
+        verdict = ("Rely on it where every query has the prompt in front and comes as it did in training. Do not rely "
+                   "on it where the data itself has to be gone: the weights still hold it, and so does whoever holds "
+                   "them.")
+    else:
+        verdict = "The weights were changed, so nothing can be left out. What those lines bring back is still in them."
+    return "\n".join(filter(None, [*sentences, verdict]))
 
 
 # -------------------------------------------------------------------------------------------------- the command
 
 
-def check_same_shape(folder, config):
-    """Raises ValueError unless the folder's model has the config's shape."""
-    other = Config.from_file(Path(folder) / "config.json")
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(other, name) != getattr(config, name):
-            raise ValueError(f"{folder}: {name} {getattr(other, name)}, that of the model is {getattr(config, name)}: "
-                             "not the same model, trained on other rows")
+def digest(splits):
+    """Of the rows as they are, wherever they were read from."""
+    plain = [[(row.text, row.label, row.raw) for row in rows] for rows in splits]
+    return hashlib.sha256(repr(plain).encode()).hexdigest()
 
 
 def read_args(argv):
@@ -186,6 +192,12 @@ def main(argv=None):
     if "train retain" not in splits:
         raise ValueError("--retain FILE is missing")
     check_disjoint(splits["train forget"], splits["train retain"])
+    trained = {row.key for name in SPLITS[:2] for row in splits[name]}
+    for name in SPLITS[2:]:
+        unseen = [row for row in splits[name] if row.key not in trained]
+        if len(unseen) < len(splits[name]):
+            print(f"{name}: {len(splits[name]) - len(unseen)} rows left out, which are among those trained on")
+        splits[name] = unseen or splits[name][:1]
     for name, rows in splits.items():
         if len(rows) < FEWEST:
             raise ValueError(f"{rows[0].where.rpartition(':')[0]}: {len(rows)} rows; at least {FEWEST} are needed")
@@ -201,7 +213,8 @@ def main(argv=None):
         phi, info = None, read_json(prompt / "run.json") if (prompt / "run.json").is_file() else {}
     if args.retrained:
         check_same_shape(args.retrained, config)
-    template = info.get("template", 0) if is_prompt else info.get("options", {}).get("template", 0)
+    options = info if is_prompt else info.get("options")
+    template = options.get("template", 0) if isinstance(options, dict) else 0
     args.template = read_template(args.template or template or "sentiment") if template is not None else "{text}"
 
     draw = random.Random(f"rows {args.seed}")
@@ -209,37 +222,42 @@ def main(argv=None):
     unrelated = draw.sample(unrelated, min(args.rows, len(unrelated)))
     inputs = {"model": base_sha256, "prompt": hashlib.sha256(phi.numpy().tobytes()).hexdigest() if is_prompt else
               fingerprint(prompt), "retrained": fingerprint(args.retrained) if args.retrained else None,
-              "rows": hashlib.sha256(repr((rows, unrelated)).encode()).hexdigest(), "template": args.template,
+              "rows": digest([*rows.values(), unrelated]), "template": args.template, "dtype": str(hardware(args)[1]),
               "unrelated_template": args.unrelated_template, "max_length": args.max_length, "seed": args.seed}
     found = {}
     if args.json and Path(args.json).exists():
         known = read_json(args.json)
-        if known.get("inputs") != inputs:
+        if known.get("inputs") not in (inputs, inputs | {"retrained": None}):  # that column may come later
             raise ValueError(f"--json {args.json}: holds what was measured of other inputs: name another file")
         found = known["found"]
 
     folders = {"before": args.model, "with": args.model if is_prompt else args.prompt, "retrained": args.retrained}
-    loaded, setting = {}, None
+    loaded, setting, parts = {}, None, [args.only] if args.only else [*PARTS]
+    wanted = [(column, part) for column, folder in folders.items() if folder for part in parts]
     for column, folder in folders.items():
-        for part in [args.only] if args.only else PARTS:
+        for part in parts:
             if not folder or part in found.setdefault(column, {}):
                 continue
             if folder not in loaded:
-                loaded.clear()  # one model at a time
+                loaded.clear()
+                model = tokenizer = None  # one model at a time
                 args.model = folder
                 loaded[folder] = load_model(args)
             model, tokenizer = loaded[folder]
             setting = setting or Setting(args, tokenizer, rows, unrelated, label_set(
                 [row for split in rows.values() for row in split], tokenizer, []),
                 row_limit(args, ATTACK["q"] + (len(phi) if is_prompt else 0)))
-            own = {} if column != "with" else info
+            run_file = Path(folder) / "run.json"
+            own = {} if column == "before" else info if column == "with" else (
+                read_json(run_file) if run_file.is_file() else {})
             began = time.perf_counter()
             found[column][part] = PARTS[part](Subject(
                 column, model, phi.to(model.device) if is_prompt and column == "with" else None, own,
-                prompt if column == "with" else Path(folder)), setting)
+                prompt if column == "with" else Path(folder), args.batch_size), setting)
             print(f"{column}: {part}, {time.perf_counter() - began:.0f} s", flush=True)
             if args.json:
-                write_json(args.json, {"inputs": inputs, "found": found, "lines": rows_of(found)})
+                finished = all(part in found.get(column, {}) for column, part in wanted)
+                write_json(args.json, {"inputs": inputs, "finished": finished, "found": found, "lines": rows_of(found)})
     table = rows_of(found)
     print(f"\n{markdown(table)}\n\n{summary(table, is_prompt)}")
 

@@ -118,6 +118,18 @@ def load_model(args, shard=None):
     return model, tokenizer
 
 
+def check_same_shape(folder, config):
+    """Raises ValueError unless a model is in the folder, and of the config's shape."""
+    weight_files(folder)
+    other = Config.from_file(Path(folder) / "config.json")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim"):
+        if getattr(other, name) != getattr(config, name):
+            raise ValueError(f"{folder}: {name} {getattr(other, name)}, that of the model is {getattr(config, name)}: "
+                             "not the same model, trained on other rows")
+    Tokenizer(folder)
+
+
 def row_limit(args, p):
     """Tokens a row may have: --max-length, or what p prompt tokens leave of the model's own length."""
     longest = Config.from_file(Path(args.model) / "config.json").max_position_embeddings

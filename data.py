@@ -125,8 +125,11 @@ def check_disjoint(forget, retain):
 
 def read_generic(spec):
     """The generic answers, "A,B,..." or a file with one on each line, each once."""
+    is_file = os.path.isfile(spec)
+    if spec.endswith(".txt") and not is_file:
+        raise ValueError(f"--generic {spec}: no such file")
     try:
-        words = Path(spec).read_text(encoding="utf-8-sig").splitlines() if Path(spec).is_file() else spec.split(",")
+        words = Path(spec).read_text(encoding="utf-8-sig").splitlines() if is_file else spec.split(",")
     except UnicodeDecodeError as e:
         raise ValueError(f"{spec}: not UTF-8 (byte {e.start})") from None
     words = list(dict.fromkeys(word.strip() for word in words if word.strip()))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import guards
-from cli import DEMO, Parser, add_options, filled, load_model, read_splits, row_limit, run, use_demo
+from cli import DEMO, Parser, add_options, check_same_shape, filled, load_model, read_splits, row_limit, run, use_demo
 from data import (Example, Row, answer_ids, by_length, check_text, collate, common_front, continuations, generic_ids,
                   make_examples, read_template)
 from files import read_json, write_json
@@ -148,13 +148,19 @@ def rouge_l(said, truth):
 
 
 def forget_quality(one, other):
-    """p-value of the two-sample Kolmogorov-Smirnov test, by its limiting distribution; 1: no difference to be seen."""
-    largest = max(abs(sum(x <= t for x in one) / len(one) - sum(x <= t for x in other) / len(other))
-                  for t in {*one, *other})
-    z = largest * math.sqrt(len(one) * len(other) / (len(one) + len(other)))
-    if z < 0.2:  # where the sum below converges slowly, and 1 - p is under 1e-12
-        return 1.0
-    return 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * z) ** 2) for k in range(1, 101))
+    """The exact p-value of the two-sample Kolmogorov-Smirnov test; 1: no difference to be seen.
+
+    It is the share of the orders in which n and m values can come where the two staircases, of height i / n and j / m
+    after i and j values, come as far apart as here: those where they do not are counted, value by value.
+    """
+    n, m = len(one), len(other)
+    farthest = max(abs(sum(x <= t for x in one) * m - sum(x <= t for x in other) * n) for t in {*one, *other})
+    orders = [0] * (m + 1)  # by j, for the i that is reached
+    for i in range(n + 1):
+        for j in range(m + 1):
+            so_far = (orders[j] if i else j == 0) + (orders[j - 1] if j else 0)
+            orders[j] = so_far if abs(i * m - j * n) < farthest else 0
+    return 1 - orders[m] / math.comb(n + m, n)
 
 
 def per_token(model, examples, phi=None, batch_size=32):
@@ -183,19 +189,19 @@ def measure_answers(model, tokenizer, rows, template, max_length, forget, generi
     ratios = [sum(next(wrong) for _ in row.wrong) / len(row.wrong) / max(p, 1e-30) for row, p in zip(rows, right)]
     with torch.no_grad():
         prefix = None if phi is None else model.prefix(phi)
-    said = []
+    said, longest = [], max(e.n for e in true)  # in tokens; the same for all, so that no row's answer hangs on others'
     for start in range(0, len(true), batch_size):
         part = true[start : start + batch_size]
         said += [tokenizer.decode(ids).strip().split("\n")[0] for ids in
-                 continuations(model, [e.prompt for e in part], max(e.n for e in part), prefix)]
+                 continuations(model, [e.prompt for e in part], longest, prefix)]
     n = len(rows)
     found = {"per_token": sum(per_token(model, true, phi, batch_size)) / n,
              "rouge_l": sum(rouge_l(text, row.label) for text, row in zip(said, rows)) / n,
              "truth_ratio": sum(min(r, 1 / max(r, 1e-30)) if forget else max(0, 1 - r) for r in ratios) / n}
     if not forget:
         found["utility"] = 3 / sum(1 / max(value, 1e-30) for value in found.values())
-    known = sum(text.startswith(tuple(generic)) for text in said) / n
-    return found | {"generic": known, "ratios": ratios, "said": said}
+    known = {"generic": sum(text.startswith(tuple(generic)) for text in said) / n} if generic else {}
+    return found | known | {"ratios": ratios, "said": said}
 
 
 # ------------------------------------------------------------------------------------------------------ tables
@@ -209,6 +215,11 @@ def label_set(rows, tokenizer, generic):
     like = rows[0].label if all(raw.values()) else None
     return ({label: answer_ids(tokenizer, label, raw[label]) for label in sorted(raw)} |
             {word: generic_ids(tokenizer, word, like) for word in generic})
+
+
+def costs(info):
+    """What spul.json or run.json says of the cost."""
+    return {name: info[name] for name in COSTS if type(info.get(name)) in (int, float)}
 
 
 def table(before, after=None):
@@ -243,7 +254,7 @@ def load_prompts(folders, config, base_sha256):
     words = {key: list(dict.fromkeys(word for info in infos for word in info.get(key) or []))
              for key in ("generic", "labels")}
     cost = {key: combine(info[key] for info in infos) for key, combine in zip(COSTS, (sum, sum, sum, max))
-            if all(key in info for info in infos)}
+            if all(key in costs(info) for info in infos)}
     return torch.cat([phi for phi, _ in loaded]), {**info, **words, **cost}
 
 
@@ -287,6 +298,8 @@ def main(argv=None):
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise ValueError(f"--json {args.json}: a folder, or in none")
 
+    if args.retrained:
+        check_same_shape(args.retrained, Config.from_file(Path(args.model) / "config.json"))
     phi, guard, info, cost = None, None, {}, Path(args.model) / "run.json"
     if args.prompt and any(map(guards.is_guard, args.prompt)):
         if len(args.prompt) > 1:
@@ -297,8 +310,7 @@ def main(argv=None):
     elif args.prompt:
         config = Config.from_file(Path(args.model) / "config.json")
         phi, info = load_prompts(args.prompt, config, fingerprint(args.model))
-    cost = info or (read_json(cost) if cost.is_file() else {})
-    cost = {name: cost.get(name) for name in COSTS if cost.get(name) is not None}
+    cost = costs(info or (read_json(cost) if cost.is_file() else {}))
     template = args.template and read_template(args.template)
     if not template:  # that of the prompt, which has none if its rows were prompts themselves
         template = info["template"] or "{text}" if info else read_template("sentiment")

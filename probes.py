@@ -21,7 +21,7 @@ from tqdm import tqdm
 import spul
 from baselines import fit_classifier
 from data import TEMPLATES, collate, epoch_batches, make_examples
-from eval import COSTS, answer_hidden, score
+from eval import COSTS, answer_hidden, costs, score
 from files import weight_files
 from finetune import Lora, fit, swap
 from train import make_optimizer, train_step
@@ -44,6 +44,7 @@ class Subject:
     phi: torch.Tensor
     info: dict
     folder: Path
+    batch_size: int = 32
 
 
 @dataclasses.dataclass
@@ -59,14 +60,21 @@ class Setting:
 
     def examples(self, rows, template=None, forget=False):
         rows = self.rows[rows] if isinstance(rows, str) else rows
-        return make_examples(rows, self.tokenizer, template or self.args.template, self.limit, forget)[0]
+        examples, cut = make_examples(rows, self.tokenizer, template or self.args.template, self.limit, forget)
+        if cut:
+            print(f"{cut} of {len(rows)} texts cut to {self.limit} tokens")
+        return examples
 
     def rng(self, what):
         return random.Random(f"{what} {self.args.seed}")
 
 
+def hidden_of(s, examples):
+    return answer_hidden(s.model, examples, s.phi, batch_size=s.batch_size)
+
+
 def accuracy(s, examples):
-    found = score(s.model, answer_hidden(s.model, examples, s.phi), examples)
+    found = score(s.model, hidden_of(s, examples), examples, s.batch_size)
     return sum(right for right, _, _ in found) / len(found)
 
 
@@ -88,7 +96,7 @@ def tpr(members, others, rate=0.01):
 @torch.no_grad()
 def token_log_p(s, examples):
     """log P of each of an example's answer tokens -> a list of (n,)."""
-    found, hidden = [], answer_hidden(s.model, examples, s.phi)
+    found, hidden = [], hidden_of(s, examples) if examples else []
     for e, h in zip(examples, hidden):
         log_p = F.log_softmax(s.model.head(h), dim=-1)  # (n, V)
         found.append(log_p.gather(1, torch.tensor(e.ids[-e.n :], device=h.device)[:, None])[:, 0])
@@ -99,7 +107,7 @@ def token_log_p(s, examples):
 def outside(s, examples, labels):
     """The probability of an answer that begins with no label's first token, of each example."""
     firsts = torch.tensor(sorted({ids[0] for ids in labels.values()}), device=s.model.device)
-    hidden = answer_hidden(s.model, examples, s.phi)
+    hidden = hidden_of(s, examples)
     return [1 - F.softmax(s.model.head(h[0]), dim=-1)[firsts].sum().item() for h in hidden]
 
 
@@ -139,7 +147,7 @@ def membership(s, c):
         found |= {"outside, AUC": auc(a, b), "outside, TPR at 1 % FPR": tpr(a, b),
                   "outside, AUC against retain": auc(a, kept)}
     a, b = ([least(log_p) for log_p in token_log_p(s, texts(rows))] for rows in (forget, held))
-    found["Min-20% of the text, AUC"] = auc(a, b)
+    found |= {"Min-20% of the text, AUC": auc(a, b)} if a and b else {}
     if s.name == "before":
         found["words alone, AUC"] = bag_of_words(c.rows["train forget"], c.rows["test forget"], c.args.seed)
     return found
@@ -157,8 +165,8 @@ def likeliest_label(s, hidden, labels):
 
 def removed(s, c):
     forget = c.examples("train forget")
-    hidden = answer_hidden(s.model, forget, s.phi)
-    scores = score(s.model, hidden, forget)
+    hidden = hidden_of(s, forget)
+    scores = score(s.model, hidden, forget, s.batch_size)
     found = {"train forget": sum(right for right, _, _ in scores) / len(scores),
              "test forget": accuracy(s, c.examples("test forget")),
              "one of 8 samples": sum(1 - (1 - min(math.exp(log_p), 1.0)) ** 8 for _, log_p, _ in scores) / len(scores)}
@@ -198,8 +206,10 @@ ROBUSTNESS = (*CHANGES, "neighbouring words", "another template", "a third templ
 
 
 def reworded(template):
+    """Other templates than this one, two or, where its own words leave no more, fewer."""
     plain = template.replace("#", "").strip()
-    return REWORDED.get(template, (plain, " ".join(plain.split())))
+    others = dict.fromkeys(REWORDED.get(template, (plain, " ".join(plain.split()))))
+    return [other for other in others if other != template]
 
 
 def joined(row, others, behind, rng):
@@ -209,7 +219,8 @@ def joined(row, others, behind, rng):
 
 
 def robustness(s, c):
-    found = {}
+    """A prompt with a completion has no other template, and nothing can stand between the two."""
+    found, raw = {}, any(row.raw for row in c.rows["train forget"] + c.rows["train retain"])
     table, size = s.model.embed_tokens.weight, c.tokenizer.size
     sides = {"forget": c.rows["train forget"], "retain": c.rows["train retain"]}
     for side, others in (("forget", "retain"), ("retain", "forget")):
@@ -217,7 +228,8 @@ def robustness(s, c):
         for name, change in CHANGES.items():
             rng = c.rng(f"{side} {name}")
             changed[name] = c.examples([dataclasses.replace(row, text=change(row.text, rng)) for row in rows])
-        for name, template in zip(("another template", "a third template"), reworded(c.args.template)):
+        templates = [] if raw else reworded(c.args.template)
+        for name, template in zip(("another template", "a third template"), templates):
             changed[name] = c.examples(rows, template)
         for name in ROBUSTNESS[-2:]:
             rng = c.rng(f"{side} {name}")
@@ -225,13 +237,15 @@ def robustness(s, c):
         examples = c.examples(rows)
         near = spul.neighbours(table, {i for e in examples for i in e.ids[slice(*e.text)]},
                                c.tokenizer.special | set(range(size, len(table))))
-        changed["neighbouring words"] = []
-        for i, e in enumerate(examples):
-            batch, draw = collate([e], table.device, last=True), torch.Generator(table.device).manual_seed(i)
+        changed["neighbouring words"], rng = [], c.rng(f"{side} neighbouring words")
+        for e in examples:
+            batch = collate([e], table.device, last=True)
+            draw = torch.Generator(table.device).manual_seed(rng.getrandbits(62))
             ids = spul.semantic(batch.tokens, batch.text, 0.2, near, [draw])[0].tolist()
             changed["neighbouring words"].append(dataclasses.replace(e, ids=tuple(ids)))
         for name in ROBUSTNESS:
-            found[f"{name}, {side}"] = accuracy(s, changed[name])
+            if name in changed and not (raw and name.endswith("behind")):
+                found[f"{name}, {side}"] = accuracy(s, changed[name])
     return found
 
 
@@ -243,8 +257,8 @@ def tuned(s, examples, others, seed):
 
     The prompt stays in front. The model is as before when this returns.
     """
-    swap(s.model, nn.Linear, lambda linear: Lora(linear, 8, 2.0))
     torch.manual_seed(seed)
+    swap(s.model, nn.Linear, lambda linear: Lora(linear, 8, 2.0))
     batch, found = collate(examples, s.model.device), {}
 
     def loss(indices, step):
@@ -269,7 +283,8 @@ def relearning(s, c):
     most = min(max(RELEARN_ROWS), len(order) // 2)
     others, found = order[most:], {}
     taught = {f"{m} rows": order[:m] for m in RELEARN_ROWS if m <= most}
-    taught[f"{most} retain rows"] = c.examples("train retain")[:most]
+    retain = c.examples("train retain")[:most]
+    taught[f"{len(retain)} retain rows"] = retain
     for name, examples in taught.items():
         found |= {f"{name}, {n} steps": value for n, value in tuned(s, examples, others, c.args.seed).items()}
     return found
@@ -321,6 +336,7 @@ def quantised(s, c):
             linear.weight.copy_(rounded(linear.weight, bits))
         for side in ("forget", "retain"):
             found[f"{bits} bit, {side}"] = accuracy(dataclasses.replace(s, model=model), c.examples(f"train {side}"))
+        del model  # before the next is made
     return found
 
 
@@ -331,24 +347,22 @@ def utility(s, c):
     found = {name: accuracy(s, c.examples(name)) for name in ("train retain", "test retain")}
     if c.unrelated:
         examples = c.examples(c.unrelated, c.args.unrelated_template)
-        log_p = torch.cat(token_log_p(s, texts(examples)))
+        log_p = torch.cat(token_log_p(s, texts(examples) or examples))  # all prompts empty: the text is the completion
         found |= {"unrelated, perplexity": math.exp(-log_p.mean().item()), "unrelated, accuracy": accuracy(s, examples)}
     return found
 
 
 def cost(s, c):
-    if s.name == "retrained":
-        return {}
     files = [s.folder / "adapter_model.safetensors"] if s.phi is not None else weight_files(s.folder)
-    found, times = {COSTS[name]: s.info[name] for name in COSTS if s.info.get(name) is not None}, []
+    stored = sum(file.stat().st_size for file in files) if s.name != "before" else 0
+    found, times = {COSTS[name]: value for name, value in costs(s.info).items()}, []
     with torch.no_grad():
         prefix = s.model.prefix(s.phi)
         for e in c.examples("train forget")[:20] * 2:
             began, batch = time.perf_counter(), collate([e], s.model.device)
             s.model.head(s.model.hidden(batch.tokens, prefix, batch.at)).sum().item()
             times.append(time.perf_counter() - began)
-    return found | {"bytes on disk": sum(file.stat().st_size for file in files),
-                    "ms a query": 1000 * sorted(times)[len(times) // 2]}
+    return found | {"bytes beside the model": stored, "ms a query": 1000 * sorted(times)[len(times) // 2]}
 
 
 PARTS = {part.__name__: part

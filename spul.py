@@ -103,6 +103,8 @@ def noise(e, text, strength, unit, draws):
 def adversarial(e, text, strength, g):
     """e + s mean|e| g / |g|, g (B, T, d) the gradient of each row's own loss: every token's step has the same length,
     s of the mean length of the batch's embeddings. A token without a gradient stays."""
+    if not text.any():
+        return e
     length = e.float().norm(dim=-1)[text].mean()
     step = strength * length * F.normalize(g.float(), dim=-1) * text[..., None]  # (B, T, d)
     return e + step.to(e.dtype)
@@ -140,8 +142,8 @@ def corruption(model, kind, strength, seed, table, examples, special):
     if kind == "none":
         return None
     unit = table.float().square().mean().sqrt()
-    ids = {i for e in examples for i in e.ids[slice(*e.text)]} if kind == "semantic" else ()
-    near = neighbours(table, ids, special)
+    if kind == "semantic":
+        near = neighbours(table, {i for e in examples for i in e.ids[slice(*e.text)]}, special)
 
     def corrupt(batch, front, step, rows):
         seeds = [random.Random(f"corrupt {seed} {step} {row}").getrandbits(62) for row in rows]

@@ -901,17 +901,16 @@ def test_rouge_l_is_the_recall_of_the_longest_common_subsequence():
 
 
 def test_forget_quality_is_the_p_value_of_kolmogorov_and_smirnov():
-    from scipy.special import kolmogorov
+    from scipy.stats import ks_2samp
 
     rng = random.Random(0)
     for shift in (0, 0.2, 1):
         one, other = [rng.gauss(0, 1) for _ in range(40)], [rng.gauss(shift, 1) for _ in range(70)]
-        steps = [abs(sum(x <= t for x in one) / 40 - sum(x <= t for x in other) / 70) for t in one + other]
-        expected = kolmogorov(max(steps) * math.sqrt(40 * 70 / 110))
+        expected = ks_2samp(one, other, method="exact").pvalue
         assert evaluate.forget_quality(one, other) == pytest.approx(expected, rel=1e-6)
     assert evaluate.forget_quality(one, one) == 1
-    # all of one below all of the other: largest distance 1, z = sqrt(2); 2 (e^-4 - e^-16 + ...)
-    assert evaluate.forget_quality([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(2 * (math.exp(-4) - math.exp(-16)))
+    # of the 70 orders of 4 and 4 values two hold the first four together, at the lower or at the upper end
+    assert evaluate.forget_quality([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(2 / 70)
 
 
 def tofu_rows(n, start=0):
@@ -1100,6 +1099,22 @@ def test_corruption_is_drawn_anew_at_each_step_and_again_after_a_stop(kind, fold
     assert torch.equal(phi_of(tmp_path / "whole"), phi_of(tmp_path / "part"))
     assert call(train, *args("strong", "--corrupt-strength", 0.9)) == 0
     assert not torch.equal(phi_of(tmp_path / "whole"), phi_of(tmp_path / "strong"))
+
+
+@pytest.mark.parametrize("kind", ["noise", "semantic"])
+def test_a_rows_corruption_hangs_on_the_step_and_on_the_row(kind, tokenizer, folder):
+    llama = Llama.from_pretrained(folder)
+    examples = [make_example(Row("a film by john carpenter", "positive", ""), tokenizer, "{text} is", 99)[0]] * 2
+    change = spul.corruption(llama, kind, 0.5, 0, llama.embed_tokens.weight, examples, tokenizer.special)
+    batch = collate(examples)
+    one, again, two = (change(batch, None, step, [4, 5]) for step in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, two) and not torch.equal(one[0], one[1])
+    assert torch.equal(change(batch, None, 1, [5, 9])[0], one[1])
+
+
+def test_a_batch_without_text_stays_as_it_is_under_an_adversary():
+    e = torch.ones(2, 3, 4)
+    assert torch.equal(spul.adversarial(e, torch.zeros(2, 3, dtype=torch.bool), 0.3, torch.ones(2, 3, 4)), e)
 
 
 def test_a_kill_before_the_first_file_is_whole_can_be_resumed(folder, files, tmp_path):
@@ -2136,9 +2151,17 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         files = study.Plan("assessment", folder, tmp_path / "work").data("forget", "retain")
         assert call(train, "--model", main / "memorised", *files, "--epochs", 1, "--out", main / "spul-0") == 0
         (tmp_path / "sst2").mkdir()
-        chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-0.001", "chosen": True}]}
+        chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-3e-05-3-epochs", "chosen": True}]}
         (tmp_path / "sst2" / "main.json").write_text(json.dumps(chosen))
     study.main([kind, *args])
+    if kind == "assessment":
+        command = json.loads((tmp_path / "assessment.json").read_text())["rows"][1]["commands"][0]
+        assert "--lr 3e-05 --epochs 3" in command and "ga-gd" in command
+        partial = tmp_path / "work" / "assessment" / "SPUL.json"
+        partial.write_text(json.dumps(json.loads(partial.read_text()) | {"finished": False}))
+        study.main([kind, *args, "--table"])
+        assert not json.loads((tmp_path / "assessment.json").read_text())["rows"][0]["lines"]
+        study.main([kind, *args])  # an assessment that was stopped goes on
     file = tmp_path / {"tofu": "tofu/tofu"}.get(kind, kind)
     table, rows = file.with_suffix(".md").read_text(), json.loads(file.with_suffix(".json").read_text())["rows"]
     assert "not run yet" not in table and len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) < 3
@@ -2526,8 +2549,14 @@ def test_the_assessment_goes_on_where_it_was_stopped_and_says_what_holds(assesse
     assert again == before
     said = capsys.readouterr().out
     assert "Whoever can leave the prompt out gets" in said and "Rely on it where" in said and "retrained" in said
-    assert call(assess, *full, "--rows", 21, "--json", tmp_path / "whole.json") == 2
-    assert "measured of other inputs" in capsys.readouterr().err
+    for other in (["--rows", 21], ["--dtype", "bf16"]):
+        assert call(assess, *full, *other, "--json", tmp_path / "whole.json") == 2
+        assert "measured of other inputs" in capsys.readouterr().err
+    first = [a for i, a in enumerate(full) if "--retrained" not in full[max(0, i - 1) : i + 1]]
+    assert call(assess, *first, "--only", "removed", "--json", tmp_path / "later.json") == 0
+    asked.clear()
+    assert call(assess, *full, "--only", "removed", "--json", tmp_path / "later.json") == 0
+    assert asked == [("retrained", "removed")] and json.loads((tmp_path / "later.json").read_text())["finished"]
 
 
 def test_an_attack_learns_and_leaves_the_model_as_it_was(folder, tokenizer, monkeypatch):
@@ -2549,6 +2578,107 @@ def test_an_attack_learns_and_leaves_the_model_as_it_was(folder, tokenizer, monk
     assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
 
 
+@pytest.fixture
+def probing(folder, tokenizer):
+    """A model behind a prompt, and rows whose label says what they are: f to forget, r to retain, h held out."""
+    labels = {"train forget": "f", "train retain": "r", "test forget": "h", "test retain": "h"}
+    rows = {name: [Row(f"red{i} film on {name} {i}", label, "") for i in range(24)] for name, label in labels.items()}
+    args = argparse.Namespace(template=data.TEMPLATES["question"], unrelated_template="Say: {text}", seed=0)
+    phi = vectors(3).detach()
+    return (probes.Subject("with", Llama.from_pretrained(folder), phi, {}, folder),
+            probes.Setting(args, tokenizer, rows, rows["test retain"], {"f": [5], "r": [6]}, 250))
+
+
+def test_membership_asks_whether_members_are_better_known(probing, monkeypatch):
+    known = {"f": [-1.0, -2], "h": [-2.0, -3], "r": [-9.0, -9]}
+    monkeypatch.setattr(probes, "token_log_p", lambda s, rows: [torch.tensor(known[e.label]) for e in rows])
+    outside = {"f": 0.9, "h": 0.5, "r": 0.1}
+    monkeypatch.setattr(probes, "outside", lambda s, rows, labels: [outside[e.label] for e in rows])
+    found = probes.membership(*probing)
+    assert len(found) == 6 and all(value == 1 for value in found.values())
+    known["f"] = [-5.0, -6]  # less known than the held-out rows
+    assert [v for k, v in probes.membership(*probing).items() if "loss" in k or "Min" in k] == [0, 0, 0]
+
+
+def test_robustness_changes_every_query_and_keeps_the_sides_apart(probing, monkeypatch):
+    (s, c), asked = probing, []
+    monkeypatch.setattr(probes, "accuracy", lambda s, rows: asked.append(tuple(e.ids for e in rows)) or sum(
+        e.label == "f" for e in rows) / len(rows))
+    found = probes.robustness(s, c)
+    assert len(found) == 20 and all(value == line.endswith("forget") for line, value in found.items())
+    assert len({*asked, *(tuple(e.ids for e in c.examples(f"train {side}")) for side in ("forget", "retain"))}) == 22
+    drawn = list(asked)
+    assert probes.robustness(s, c) == found and asked[20:] == drawn
+    c.rows = {name: [dataclasses.replace(row, raw=True) for row in rows] for name, rows in c.rows.items()}
+    assert len(probes.robustness(s, c)) == 12 and len(set(asked[40:])) == 12  # no template, nothing behind the text
+
+
+def test_attacks_are_measured_on_rows_they_have_not_seen(probing, monkeypatch):
+    (s, c), tuned, seen, asked = probing, [], set(), []
+    real = probes.collate
+    monkeypatch.setattr(probes, "collate", lambda examples, *a, **k: seen.update(examples) or real(examples, *a, **k))
+    monkeypatch.setattr(probes, "accuracy", lambda s, rows: asked.append((s.phi, set(rows))) or 0.0)
+    probes.attack(s, c)
+    (phi, own), (_, others) = asked
+    assert seen == own and len(own) == len(others) == 12 and not own & others
+    assert len(phi) == 3 + probes.ATTACK["q"] and torch.equal(phi[:3], s.phi)
+    monkeypatch.setattr(probes, "tuned", lambda s, rows, others, seed: tuned.append((s.phi, rows, others)) or {})
+    probes.relearning(s, c)
+    assert [len(examples) for _, examples, _ in tuned] == [1, 2, 4, 8, 12]
+    for phi, examples, others in tuned:
+        assert phi is s.phi and len(others) == 12 and not {*examples} & {*others}
+        assert {e.label for e in others} == {"f"}
+    assert {e.label for e in tuned[-1][1]} == {"r"} and all(e.label == "f" for e in tuned[0][1] + tuned[3][1])
+
+
+def test_relearning_begins_the_same_each_time_and_has_the_prompt_in_front(probing, monkeypatch):
+    (s, c), fronts = probing, []
+    hidden = s.model.hidden
+    monkeypatch.setattr(s.model, "hidden", lambda tokens, front=None, at=None: fronts.append(front) or hidden(
+        tokens, front, at))
+    monkeypatch.setattr(probes, "accuracy", lambda s, rows: sum(map(float, (log_p.sum() for log_p in probes.token_log_p(
+        s, rows)))))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(probes.tuned(s, c.examples("train forget")[:4], c.examples("train forget")[4:], 0))
+    assert found[0] == found[1] and all(front is not None for front in fronts) and len(fronts) > 40
+
+
+def test_rounded_weights_samples_and_perplexity_are_what_is_measured(probing, monkeypatch):
+    (s, c), weights = probing, []
+    layer = lambda model: model.layers[0].mlp.down_proj.weight
+    monkeypatch.setattr(probes, "accuracy", lambda s, rows: weights.append(layer(s.model).clone()) or 0.5)
+    probes.quantised(s, c)
+    for weight, bits in zip(weights, (8, 8, 4, 4)):
+        assert torch.equal(weight, probes.rounded(layer(s.model), bits)) and not torch.equal(weight, layer(s.model))
+    monkeypatch.setattr(probes, "score", lambda model, hidden, rows, batch_size: [(True, math.log(0.5), 0)] * len(rows))
+    found = probes.removed(s, c)
+    assert found["one of 8 samples"] == pytest.approx(1 - 0.5**8) and found["prompt left out"] == 0.5
+    monkeypatch.setattr(probes, "token_log_p", lambda s, rows: [torch.tensor([-1.0, -3.0])] * len(rows))
+    assert probes.utility(s, c)["unrelated, perplexity"] == pytest.approx(math.exp(2))
+    c.unrelated = [Row("", "to be read", "", raw=True)]
+    if c.tokenizer.bos:
+        assert probes.utility(s, c)["unrelated, perplexity"] == pytest.approx(math.exp(2))
+
+
+def test_the_summary_names_the_worst_and_does_not_praise_what_has_not_forgotten():
+    def rows(forgotten):
+        values = {("removed", "train forget"): (1.0, forgotten), ("robustness", "upper case, forget"): (1.0, 0.2),
+                  ("robustness", "words left out, forget"): (1.0, 0.7),
+                  ("robustness", "upper case, retain"): (1.0, 0.6),
+                  ("robustness", "words left out, retain"): (1.0, 0.9)}
+        return [{"part": part, "line": line, "before": before, "with": value, "retrained": None}
+                for (part, line), (before, value) in values.items()]
+
+    said = assess.summary(rows(0.1), True)
+    assert "brings back most is: words left out, forget, 70.0 %" in said
+    assert "most is: upper case, retain, 60.0 %" in said
+    assert "Rely on it where" in said and "Rely on it" not in assess.summary(rows(0.9), True)
+    assert "Do not rely on it: asked plainly" in assess.summary(rows(0.9), False)
+    assert "ely on it" not in assess.summary(rows(0.1)[1:], True)
+
+
 def test_a_baselines_model_is_assessed_in_place_of_a_prompt(assessed, tmp_path, capsys):
     args, _, out = assessed
     assert call(assess, *args, "--prompt", out / "other", "--only", "removed", "--json", tmp_path / "b.json") == 0
@@ -2567,7 +2697,9 @@ def test_the_assessment_refuses_what_it_cannot_measure(assessed, folder, tmp_pat
         (replaced("--prompt", tmp_path / "wide"), r"wide: hidden_size 64"),
         (replaced("--model", out / "other"), r"trained on another model"),
         (replaced("--prompt", tmp_path), r"no spul\.json"),
+        (replaced("--retrained", folder / "no"), r"no config\.json"),
         (replaced("--test-forget", few), r"few\.jsonl: 5 rows; at least 20"),
+        (replaced("--test-forget", out / "forget.jsonl"), r"forget\.jsonl: 1 rows; at least 20"),
         ([*full, "--only", "memebership"], r"--only: invalid choice"),
         ([*full, "--quantize", "int8"], r"--quantize"),
         (full[:2], r"--prompt is missing"),

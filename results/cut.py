@@ -23,13 +23,15 @@ def main(argv=None):
     model = Llama.from_pretrained(args.model, dtype=None)
     if args.layers >= len(model.layers):
         raise ValueError(f"--layers {args.layers}: the model has {len(model.layers)}")
-    if Path(args.out).exists():
+    out = Path(args.out)
+    if (out / "config.json").exists():
         raise ValueError(f"--out {args.out}: is there already")
     model.layers = model.layers[: args.layers]
     model.config = dataclasses.replace(model.config, num_hidden_layers=args.layers)
-    model.save_pretrained(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     for file in Path(args.model).glob("tokenizer*"):
-        shutil.copyfile(file, Path(args.out) / file.name)
+        shutil.copyfile(file, out / file.name)
+    model.save_pretrained(out)  # the config comes last, and completes it
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
 
 

@@ -126,6 +126,13 @@ class Plan:
         return self.model("memorised", "memorised", "finetune.py", "--model", self.base, "--data", self.file("forget"),
                           self.file("retain"), *self.template, *BATCH, *self.memorise, keep=True)
 
+    def baseline(self, method, what):
+        """One of the TRIES -> its name and its command, but for the model and where to."""
+        (command, train), (lr, epochs) = BASELINES[method], what
+        return f"{command}-{lr:g}" + (f"-{epochs}-epochs" if epochs > 1 else ""), [
+            "baselines.py", command, *self.data("forget", "retain"), *BATCH, "--train", train, "--lr", f"{lr:g}",
+            "--epochs", epochs, *(["--randoms", 1] if train == "lora" else [])]
+
     def main(self):
         """The main table's runs, in groups that need what the group before has made."""
         data = self.data("forget", "retain")
@@ -133,10 +140,9 @@ class Plan:
                self.model("retrained", "retrained", "baselines.py", "retrain", "--model", self.base, *data, *BATCH,
                           *self.memorise, keep=True)]
         yield [
-            *(self.model(method, f"{command}-{lr:g}" + (f"-{epochs}-epochs" if epochs > 1 else ""), "baselines.py",
-                         command, "--model", self.work / "memorised", *data, *BATCH, "--train", train, "--lr",
-                         f"{lr:g}", "--epochs", epochs, *(["--randoms", 1] if train == "lora" else []))
-              for method, (command, train) in BASELINES.items() for lr, epochs in TRIES[train]),
+            *(self.model(method, name, *command, "--model", self.work / "memorised")
+              for method, (_, train) in BASELINES.items()
+              for name, command in (self.baseline(method, what) for what in TRIES[train])),
             self.prompt("ECO, as retrained", "eco", "baselines.py", "eco", *data, "--target", self.work / "retrained"),
             self.prompt("ECO, to 0", "eco-0", "baselines.py", "eco", *data, "--target", 0),
             self.prompt("ICUL", "icul", "baselines.py", "icul", *data),
@@ -148,11 +154,12 @@ class Plan:
         main = self.work.parent / "sst2"
         table = Path(self.out) / "sst2/main.json"
         if not table.exists():
-            raise SystemExit(f"study.py: no {table}: python results/study.py sst2 comes first")
-        chosen = next(row for row in read_json(table)["rows"] if row["method"] == "GA+GD" and row["chosen"])
-        rate = chosen["name"].rpartition("ga-gd-")[2]
-        again = ["baselines.py", "ga-gd", "--model", main / "memorised", *self.data("forget", "retain"), *BATCH,
-                 "--train", "full", "--lr", rate, "--resume", "--out", self.work / "ga-gd"]
+            raise ValueError(f"no {table}: python results/study.py sst2 comes first")
+        chosen = {row["name"] for row in read_json(table)["rows"] if row["method"] == "GA+GD" and row["chosen"]}
+        tries = [baseline for baseline in map(self.baseline, ["GA+GD"] * 4, TRIES["full"]) if baseline[0] in chosen]
+        if not tries:
+            raise ValueError(f"{table}: no run of GA+GD is measured: python results/study.py sst2 comes first")
+        again = [*tries[0][1], "--model", main / "memorised", "--resume", "--out", self.work / "ga-gd"]
         unrelated = Path(os.path.relpath(HERE)) / "sciq/test_retain.jsonl"
         yield [Run(name, name, [*first, ["assess.py", "--model", main / "memorised", "--prompt", made, "--retrained",
                                          main / "retrained", *self.data(*SPLITS), "--unrelated", unrelated, "--rows",
@@ -242,7 +249,7 @@ def perform(run, threads):
     """Do what of the run's commands has not been done -> whether it is measured, or has diverged, which NAME.failed
     keeps: it would diverge again."""
     measured, failed = (run.commands[-1][-1].with_suffix(suffix) for suffix in (".json", ".failed"))
-    if measured.exists() or failed.exists():
+    if tables.measured(measured) or failed.exists():
         return True
     for command in run.commands:
         out = Path(command[-1])

@@ -21,6 +21,12 @@ PAPER = {  # accuracy of LLaMA-2-7B in the columns' order; for "sciq" it forgets
 }
 
 
+def measured(file):
+    """What a run wrote last -> its contents, or None if it is not there or not finished."""
+    found = read_json(file) if file.exists() else {}
+    return found if found.get("finished", bool(found)) else None
+
+
 def shown(command):
     return "python " + shlex.join(map(str, command))
 
@@ -98,10 +104,11 @@ def others(study, runs):
         file = run.commands[-1][-1]
         row = {"method": run.method, "name": run.name, "commands": list(map(shown, run.commands))}
         rows.append(row)
-        if not file.exists():
+        found = measured(file)
+        if not found:
             cells.append([run.method, "not run yet"])
             continue
-        found, more = read_json(file), read_json(file.with_suffix(".more.json")) if study in MORE else None
+        more = read_json(file.with_suffix(".more.json")) if study in MORE else None
         row |= {"found": found} | ({"more": more} if more else {})
         cells.append([run.method, *TABLES[study][1](found, more)])
     return rows, grid(TABLES[study][0], cells)
@@ -122,9 +129,10 @@ def tofu_cells(found, more):
             split.pop("said", None), split.pop("ratios", None)
     forget, retain = side["train forget"], side["train retain"]
     quality = found["forget_quality"] or {}
-    values = [*(forget[m] for m in ("per_token", "rouge_l", "truth_ratio", "generic")),
-              *(retain[m] for m in ("per_token", "rouge_l", "truth_ratio", "generic", "utility"))]
-    return [*(f"{100 * v:.1f}" for v in values), f"{quality.get('with', quality.get('without', math.nan)):.2g}"]
+    values = [*(forget.get(m) for m in ("per_token", "rouge_l", "truth_ratio", "generic")),
+              *(retain.get(m) for m in ("per_token", "rouge_l", "truth_ratio", "generic", "utility"))]
+    p = quality.get("with", quality.get("without", math.nan))
+    return [*("" if v is None else f"{100 * v:.1f}" for v in values), f"{p:.2g}"]
 
 
 def request_cells(found, more):
@@ -145,7 +153,7 @@ TABLES = {
 def assessments(runs):
     """One table of two assessments: the model before, with SPUL's prompt, GA+GD's, and the retrained one."""
     files = [run.commands[-1][-1] for run in runs]
-    found = [read_json(file)["lines"] if file.exists() else [] for file in files]
+    found = [(measured(file) or {"lines": []})["lines"] for file in files]
     rows = [{"method": run.method, "name": run.name, "commands": list(map(shown, run.commands)), "lines": lines}
             for run, lines in zip(runs, found)]
     beside = {(row["part"], row["line"]): row for row in found[1]}
