@@ -964,9 +964,11 @@ def test_tofus_measures_as_a_user_asks_for_them(folder, tmp_path, capsys):
     assert f"forget quality: 1 -> {found['forget_quality']['with']:.3g}" in out
     assert found["with"]["train retain"]["utility"] > 0 and len(found["with"]["train forget"]["ratios"]) == 6
     assert call(evaluate, "--model", folder, "--prompt", tmp_path / "p", "--ask", "Question: who?\\nAnswer:") == 0
+    tiny(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "wide")
     plain = write_rows(tmp_path / "plain.jsonl", make_rows(3, ["a", "b"], 0))
     for args, pattern in [(["--forget", plain, "--tofu"], r'plain\.jsonl:1: no "paraphrase".*--tofu'),
-                          (["--forget", forget, "--retrained", folder], r"--retrained: only for --tofu")]:
+                          (["--forget", forget, "--retrained", folder], r"--retrained: only for --tofu"),
+                          (["--forget", forget, "--tofu", "--retrained", tmp_path / "wide"], r"wide: hidden_size 64")]:
         assert call(evaluate, "--model", folder, *args) == 2 and re.search(pattern, capsys.readouterr().err)
 
 
@@ -1367,6 +1369,7 @@ BAD = {
     "an option that is none": (option(frobnicate=1), r"--frobnicate"),
     "a KL position that is none": (option(kl_position="left"), r"--kl-position"),
     "no generic answer": (option(generic=","), r"--generic"),
+    "a misspelt file of generic answers": (option(generic="unknwon.txt"), r"--generic unknwon\.txt: no such file"),
     "an empty file of generic answers": (empty_generic, r"--generic .*at least one"),
     "a strength without corruption": (option(corrupt_strength=1), r"--corrupt-strength: needs --corrupt"),
     "more tokens to be replaced than there are": (option(corrupt="semantic", corrupt_strength=2), r"at most 1"),
@@ -2681,6 +2684,12 @@ def test_the_summary_names_the_worst_and_does_not_praise_what_has_not_forgotten(
 
 def test_a_baselines_model_is_assessed_in_place_of_a_prompt(assessed, tmp_path, capsys):
     args, _, out = assessed
+    (out / "other" / "run.json").write_text('{"options": 3, "steps": "x", "seconds": null, "trainable": 7}')
+    assert call(assess, *args, "--prompt", out / "other", "--only", "cost", "--json", tmp_path / "c.json") == 0
+    lines = {row["line"]: row for row in json.loads((tmp_path / "c.json").read_text())["lines"]}
+    assert lines["parameters trained"]["with"] == 7 and "steps" not in lines
+    assert lines["bytes beside the model"]["before"] == 0 and lines["bytes beside the model"]["with"] > 100_000
+    (out / "other" / "run.json").unlink()
     assert call(assess, *args, "--prompt", out / "other", "--only", "removed", "--json", tmp_path / "b.json") == 0
     lines = {row["line"]: row for row in json.loads((tmp_path / "b.json").read_text())["lines"]}
     assert "prompt left out" not in lines and lines["train forget"]["with"] is not None
