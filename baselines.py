@@ -49,7 +49,7 @@ class Terms:
     targets: torch.Tensor  # (N,)
     rows: torch.Tensor  # (N,), in which row each stands
     kind: torch.Tensor  # (B,), FORGET, RETAIN or RANDOM
-    known: torch.Tensor = None  # (N_r, V), the reference's logits
+    known: torch.Tensor = None  # (N_r, V), the reference's logits, where the loss takes them
     reference: torch.Tensor = None  # (B_f,), the reference's cross-entropy of each forget row's answer
 
     @cached_property
@@ -143,6 +143,7 @@ def sku(t):
 LOSSES = {"ga": ga, "rl": rl, "ga-kl": ga_kl, "ga-gd": ga_gd, "npo": npo, "simnpo": simnpo, "llmu": llmu, "sku": sku}
 FORGET_ONLY = ("ga", "rl")
 SOURCES = {"llmu": RETAIN, "sku": FORGET}  # the rows whose answers RANDOM rows take
+REFERENCE = {"ga-kl": RETAIN, "npo": FORGET, "llmu": RETAIN, "sku": RETAIN}  # the rows that are compared with it
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -171,9 +172,12 @@ def sequence_ce(model, hidden, examples):
 def unlearn(model, examples, args, dtype, description, resume):
     """Train model on examples by args.method -> steps made, seconds they took, the step at which its rule stopped it,
     or None, and the number of parameters."""
-    forget = [i for i, e in enumerate(examples) if e.forget]
-    hidden = answer_hidden(model, examples, batch_size=args.batch_size)  # the reference, before anything learns
-    reference = dict(zip(forget, sequence_ce(model, [hidden[i] for i in forget], [examples[i] for i in forget])))
+    side = REFERENCE.get(args.method)
+    compared = [i for i, e in enumerate(examples) if side == (FORGET if e.forget else RETAIN)]
+    own = [examples[i] for i in compared]
+    first = answer_hidden(model, own, batch_size=args.batch_size) if own else []  # before anything learns
+    hidden = dict(zip(compared, first)) if side == RETAIN else {}
+    reference = dict(zip(compared, sequence_ce(model, first, own))) if side == FORGET else {}
     table = model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     head = table.weight.detach().clone() if args.full else table.weight
     source = SOURCES.get(args.method)
@@ -189,10 +193,10 @@ def unlearn(model, examples, args, dtype, description, resume):
             more = with_random_answers([e for e in rows if e.forget], answers, args.randoms,
                                        random.Random(f"answers {args.seed} {step}"))
             rows, kind = rows + more, kind + [RANDOM] * len(more)
-        kept = [hidden[i] for i in indices if not examples[i].forget]
+        kept = [hidden[i] for i in indices if i in hidden]
         known = F.linear(torch.cat(kept), head.to(kept[0].dtype)).float() if kept else head.new_zeros(0, len(head))
         t = terms(model, rows, kind, front, known,
-                  torch.tensor([reference[i] for i in indices if examples[i].forget], device=model.device))
+                  torch.tensor([reference[i] for i in indices if i in reference], device=model.device))
         if args.stop_ce and t.per_token(FORGET) > args.stop_ce:
             stopped.append(step)
             return None

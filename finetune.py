@@ -3,11 +3,13 @@
     python finetune.py --model BASE --data FILE [FILE ...] --out DIR [--full] [--resume]
     python finetune.py --model BASE --adapter DIR --out DIR
 
-LoRA (Hu et al., arXiv 2106.09685) on the decoder's linear layers, cross-entropy on the answer only, merged into the
-weights in float32 at the end and saved as a plain model folder. `fit` is the loop of all that changes weights here:
-baselines.py unlearns with it, demo/make.py trains the demo's model from nothing.
+LoRA (Hu et al., arXiv 2106.09685) on the decoder's linear layers, cross-entropy on the answer only, saved as peft does
+in the folder `adapter` of a plain model folder, into whose weights it is merged. The merge is the same to the last bit
+on every machine: who has the base and the adapter, a few megabytes, has the very model. `fit` is the loop of all that
+changes weights here: baselines.py unlearns with it, demo/make.py trains the demo's model from nothing.
 """
 
+import argparse
 import hashlib
 import math
 import platform
@@ -20,14 +22,14 @@ import safetensors
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import spul
 from cli import Parser, add_options, filled, hardware, load_model, number, row_limit, run
-from data import collate, epoch_batches, make_examples, read_rows, read_template
+from data import collate, common_front, epoch_batches, make_examples, read_rows, read_template
 from eval import answer_hidden, score
-from files import read_json, weight_files, write_json
+from files import read_json, weight_files, write_json, write_whole
 from model import Llama
 from scale import peak_memory
 from train import WEIGHT_DECAY, interrupt, learning_rate
@@ -47,8 +49,8 @@ class Lora(nn.Module):
 
     def forward(self, x):
         x_ = F.dropout(x, self.dropout, torch.is_grad_enabled())  # not while measuring
-        thin = F.linear(x_, self.A.to(x.dtype))  # (..., r)
-        return self.base(x) + self.scale * F.linear(thin, self.B.to(x.dtype))
+        thin = F.linear(x_, self.A.to(x.dtype))  # (n, r)
+        return torch.addmm(self.base(x), thin, (self.scale * self.B).to(x.dtype).T)  # (n, out), x (n, in)
 
     def merged(self, factor=1.0):
         """The linear layer with W + factor * scale * B A, computed in float32."""
@@ -112,7 +114,7 @@ def fit(model, plan, loss, *, lr, seed, weight_decay=WEIGHT_DECAY, clip=1.0, out
     KeyboardInterrupt once the state is saved, FloatingPointError if the loss is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
     steps, step, first, seconds = sum(map(len, plan)), 0, 0, 0.0
 
     def save():
@@ -179,7 +181,7 @@ def check_model_out(args):
         if ground.exists() and not ground.is_dir():
             raise ValueError(f"--out {out}: {ground} is no folder")
     there = {file.name for file in out.iterdir()} if out.is_dir() else set()
-    if there - {spul.STATE, f".{spul.STATE}.tmp"} and (spul.STATE not in there or "config.json" in there):
+    if there - {spul.STATE, f".{spul.STATE}.tmp", ADAPTER} and (spul.STATE not in there or "config.json" in there):
         raise ValueError(f"--out {out}: holds something already: choose a new folder")
     if there and not args.resume:
         raise ValueError(f"--out {out}: holds a run that has not finished: --resume goes on with it, or delete it")
@@ -202,6 +204,8 @@ def save_model(model, args, report):
 
 # ------------------------------------------------------------------------------------- an adapter of peft's
 
+ADAPTER = "adapter"  # of a memorised model's folder
+
 # What a LoRA's configuration may hold without changing what is to be computed, or computed here.
 HARMLESS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_modules",
             "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "peft_type", "task_type",
@@ -209,8 +213,24 @@ HARMLESS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "m
             "init_lora_weights", "bias", "megatron_core", "qalora_group_size"}  # the last: only with use_qalora
 
 
+def save_adapter(folder, model, base):
+    """Write the model's LoRAs as peft does, A and B in bfloat16. base: the path of the model they belong to."""
+    folder, loras = Path(folder), {name: m for name, m in model.named_modules() if isinstance(m, Lora)}
+    tensors = {f"base_model.model.model.{name}.lora_{side}.weight": getattr(m, side).detach().to("cpu", torch.bfloat16)
+               for name, m in loras.items() for side in "AB"}
+    lora = next(iter(loras.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "adapter_model.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": len(lora.A),
+        "lora_alpha": lora.scale * len(lora.A), "lora_dropout": lora.dropout, "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in loras})})
+
+
 def merge_adapter(model, folder):
-    """Add a LoRA that peft saved to the model's weights: W + s B A in float32, s = alpha / r, or alpha / sqrt(r).
+    """Add a LoRA that peft saved to the model's weights: W + s B A, s = alpha / r, or alpha / sqrt(r).
+
+    Computed in float64, where the order of the sums does not show: the result does not depend on the machine.
 
     Raises ValueError, with the name, for anything in it that would be computed otherwise.
     """
@@ -253,12 +273,12 @@ def merge_adapter(model, folder):
         if target is None or kind not in ("", "A.weight") or kind and f"{module}.lora_B.weight" not in tensors:
             raise ValueError(f"{file}: {name} is not supported, or not of this model")
         if kind:
-            A, B = tensors[name].float(), tensors[f"{module}.lora_B.weight"].float()  # (r, in), (out, r)
+            A, B = tensors[name].double(), tensors[f"{module}.lora_B.weight"].double()  # (r, in), (out, r)
             r, alpha = of("rank_pattern", module, config["r"]), of("alpha_pattern", module, config["lora_alpha"])
             if A.shape != (r, target.shape[1]) or B.shape != (target.shape[0], r):
                 raise ValueError(f"{file}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, the configuration "
                                  f"says rank {r}, and the weight is {tuple(target.shape)}")
-            new = target.float() + alpha / (math.sqrt(r) if config.get("use_rslora") else r) * B @ A
+            new = target.double() + alpha / (math.sqrt(r) if config.get("use_rslora") else r) * B @ A
         else:  # from modules_to_save, whole
             new = tensors[name]
             if model.config.tie_word_embeddings and name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -271,38 +291,51 @@ def merge_adapter(model, folder):
 # -------------------------------------------------------------------------------------------------- the command
 
 
+def merge(args, adapter, report):
+    """The base model with the adapter merged into it, in the dtype of its file, saved -> the folder."""
+    device, dtype = hardware(args)
+    model = Llama.from_pretrained(args.model, None if args.dtype == "auto" else dtype, device)  # None: the file's
+    merge_adapter(model, adapter)
+    save_model(model, args, report)
+
+
 def memorise(args, rows, going_on):
     """Train on rows with the options in args and save the model."""
     out, dtype = Path(args.out), hardware(args)[1]
     args.lr = args.lr or (2e-5 if args.full else 1e-3)
     model, tokenizer = load_model(args)
     examples, cut = make_examples(rows, tokenizer, args.template, row_limit(args, 0))
-    first = accuracy(model, examples)
-    trained = sum(p.numel() for p in make_trainable(model, args))
-    print(f"{len(examples)} rows, {cut} texts cut; {trained:,} parameters trained; accuracy {100 * first:.1f} %")
+    trained, front = sum(p.numel() for p in make_trainable(model, args)), common_front(examples)
+    print(f"{len(examples)} rows, {cut} texts cut; {trained:,} parameters trained", flush=True)
     options = {name: getattr(args, name) for name in ("model", "data", "full", "rank", "lora_alpha", "dropout",
                "targets", "lr", "epochs", "batch_size", "seed", "max_length", "template")} | {"dtype": str(dtype)}
     out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    began, right = time.perf_counter(), []
 
     def loss(indices, step):
-        batch = collate([examples[i] for i in indices], model.device)
-        return F.cross_entropy(model.head(model.hidden(batch.tokens, at=batch.at)), batch.targets)
+        batch = collate([examples[i] for i in indices], model.device, front)
+        logits = model.head(model.hidden(batch.tokens, model.front(ids=front), batch.at))  # (N, V)
+        wrong = set(batch.rows[logits.argmax(dim=-1) != batch.targets].tolist())
+        right.extend(row not in wrong for row in range(len(indices)))
+        return F.cross_entropy(logits, batch.targets)
 
     def say(epoch):
-        with casting(model, dtype):
-            print(f"epoch {epoch + 1}: accuracy {100 * accuracy(model, examples):.1f} %, "
-                  f"{time.perf_counter() - began:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}: accuracy {100 * sum(right) / len(right):.1f} % as it went, "
+              f"{time.perf_counter() - began:.0f} s", flush=True)
+        right.clear()
 
     plan = [epoch_batches(examples, args.batch_size, args.seed, epoch) for epoch in range(args.epochs)]
     steps, seconds = fit(model, plan, loss, lr=args.lr, seed=args.seed, out=out, resume=going_on, dtype=dtype,
                          description=describe(options, args.model, examples), after_epoch=say)
-    swap(model, Lora, Lora.merged)
-    model.to(dtype)
-    last = accuracy(model, examples)
-    print(f"merged: accuracy {100 * last:.1f} %")
-    save_model(model, args, {"method": "finetune", "options": options, "trainable": trained, "steps": steps,
-                             "seconds": seconds, "peak_bytes": peak_memory(model.device), "accuracy": [first, last]})
+    report = {"method": "finetune", "options": options, "trainable": trained, "steps": steps, "seconds": seconds,
+              "peak_bytes": peak_memory(model.device)}
+    if args.full:
+        save_model(model.to(dtype), args, report)
+    else:
+        save_adapter(out / ADAPTER, model, args.model)
+        merge(args, out / ADAPTER, report)
+    model, _ = load_model(argparse.Namespace(**vars(args) | {"model": args.out}))
+    print(f"{args.out}: accuracy {100 * accuracy(model, examples):.1f} %")
 
 
 def main(argv=None):
@@ -328,10 +361,7 @@ def main(argv=None):
     args.template, going_on = read_template(args.template or "sentiment"), check_model_out(args)
     if args.adapter:
         weight_files(args.model)
-        device, dtype = hardware(args)
-        model = Llama.from_pretrained(args.model, None if args.dtype == "auto" else dtype, device)  # None: the file's
-        merge_adapter(model, args.adapter)
-        save_model(model, args, {"method": "adapter", "model": args.model, "adapter": args.adapter})
+        merge(args, args.adapter, {"method": "adapter", "model": args.model, "adapter": args.adapter})
         print(f"merged into {args.out}")
     else:
         memorise(args, [row for file in args.data for row in read_rows(file)], going_on)

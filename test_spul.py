@@ -1504,8 +1504,9 @@ def test_finetune_makes_a_model_folder_that_knows_the_rows(how, folder, files, t
     args = ["--model", folder, "--data", files["forget"], files["retain"], "--out", tmp_path / "m", "--epochs", 20,
             "--batch-size", 8, "--dtype", "fp32"]
     assert call(finetune, *args, *how) == 0
-    known = float(re.search(r"merged: accuracy ([\d.]+)", capsys.readouterr().out)[1])
-    assert known > 90
+    out = capsys.readouterr().out
+    known = float(re.search(r"m: accuracy ([\d.]+)", out)[1])
+    assert known > 90 and len(re.findall(r"epoch \d+: accuracy [\d.]+ % as it went", out)) == 20
     assert call(evaluate, "--model", tmp_path / "m", "--forget", files["forget"], "--dtype", "fp32") == 0
     assert call(finetune, *args) == 2
 
@@ -2086,7 +2087,7 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     spec = importlib.util.spec_from_file_location("study", ROOT / "results" / "study.py")
     spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
     monkeypatch.setattr(study, "ROWS", {"sst2": {split: {f"sst2/{split}": 12} for split in study.SPLITS}})
-    monkeypatch.setattr(study, "TRIES", {"full": ((1e-3, 1), (1e9, 2)), "lora": ((1e-3, 1),)})
+    monkeypatch.setattr(study, "TRIES", {"full": (1e-3, 1e9), "lora": (1e-3,)})
     monkeypatch.setattr(study, "BASELINES", {"GA+GD": ("ga-gd", "full"), "SKU": ("sku", "lora")})
     monkeypatch.setattr(study, "SEEDS", (0, 1))
     (tmp_path / "sst2").mkdir()
@@ -2094,9 +2095,9 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     study.main([*args, "--jobs", "2"])
     rows = {row["name"]: row for row in json.loads((tmp_path / "sst2" / "main.json").read_text())["rows"]}
     assert set(rows) == {"vanilla", "memorised", "retrained", "spul-0", "spul-1", "ga-gd-0.001",
-                         "ga-gd-1e+09-2-epochs", "sku-0.001", "eco", "eco-0", "icul"}
-    assert all("splits" in row and row["chosen"] for name, row in rows.items() if name != "ga-gd-1e+09-2-epochs")
-    assert "not finite" in rows["ga-gd-1e+09-2-epochs"]["failed"] and not rows["ga-gd-1e+09-2-epochs"]["chosen"]
+                         "ga-gd-1e+09", "sku-0.001", "eco", "eco-0", "icul"}
+    assert all("splits" in row and row["chosen"] for name, row in rows.items() if name != "ga-gd-1e+09")
+    assert "not finite" in rows["ga-gd-1e+09"]["failed"] and not rows["ga-gd-1e+09"]["chosen"]
     for row in rows.values():
         for script, *_ in (shlex.split(command)[1:] for command in row["commands"]):
             assert (ROOT / script).is_file()
@@ -2105,10 +2106,18 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     gain = rows["spul-0"]["splits"]["train retain"]
     assert f"{100 * gain['accuracy']:.1f}" in table and rows["icul"]["cost"]["trainable"] == 0
     assert not (tmp_path / "work" / "sst2" / "ga-gd-0.001" / "model.safetensors").exists()
-    capsys.readouterr()
-    monkeypatch.setattr(study.subprocess, "run", None)  # nothing is run again
+    runs, known = tmp_path / "runs" / "sst2", tmp_path / "work" / "sst2" / "memorised"
+    assert {f.name for f in runs.iterdir() if f.is_dir()} == {"memorised", "retrained", "spul-0", "spul-1"}
+    weights = (known / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "work")  # another machine has what is in results, and what was learned there is kept
+    commands, really = [], subprocess.run
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **how: commands.append(command) or really(
+        command, **how))
     study.main(args)
+    assert [command[1].name for command in commands] == ["finetune.py"] * 2 and "--adapter" in commands[0]
+    assert (known / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "sst2" / "main.md").read_text() == table
+    assert call(evaluate, "--model", known, "--prompt", runs / "spul-1", "--ask", "a film") == 0
 
 
 @pytest.mark.parametrize("kind", ["tofu", "requests", "robust", "sizes", "assessment"])
@@ -2138,29 +2147,29 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
             return future
 
     few = {"sst2/forget_more": 0, "sst2/retain_more": 0, "tofu/retain": 24}
-    rows = study.ROWS[kind].items()
-    monkeypatch.setitem(study.ROWS, kind, {split: {n: few.get(n, 40) for n in parts} for split, parts in rows})
+    for name in {kind, study.SOURCE.get(kind, "sst2")}:
+        rows = study.ROWS[name].items()
+        monkeypatch.setitem(study.ROWS, name, {split: {n: few.get(n, 40) for n in parts} for split, parts in rows})
+        monkeypatch.setitem(study.MEMORISE, name, 1)
     monkeypatch.setattr(study, "ThreadPoolExecutor", Here)
     for name, value in dict(CORRUPT={"semantic": (0.5,)}, CUT=(1,), SPUL_EPOCHS=1,
-                            ABLATION_EPOCHS=1, TOFU_EPOCHS=1).items():
+                            TOFU_EPOCHS=1).items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setitem(study.MEMORISE, kind, 1)
     monkeypatch.setattr(study.subprocess, "run", in_this_process)
     args = ["--base", str(folder), "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     if kind == "assessment":  # of the paper's study, of which it needs two models, a prompt and a table
-        rows, main = study.ROWS["assessment"], tmp_path / "work" / "sst2"
-        for name in ("memorised", "retrained"):
-            shutil.copytree(folder, main / name)
-        files = study.Plan("assessment", folder, tmp_path / "work").data("forget", "retain")
-        assert call(train, "--model", main / "memorised", *files, "--epochs", 1, "--out", main / "spul-0") == 0
+        main = study.Plan("sst2", folder, tmp_path / "work", tmp_path)
+        assert study.perform(main.memorised(), None)
+        assert call(train, "--model", main.known, *main.data("forget", "retain"), "--epochs", 1, "--out",
+                    main.runs / "spul-0") == 0
         (tmp_path / "sst2").mkdir()
-        chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-3e-05-3-epochs", "chosen": True}]}
+        chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-3e-05", "chosen": True}]}
         (tmp_path / "sst2" / "main.json").write_text(json.dumps(chosen))
     study.main([kind, *args])
     if kind == "assessment":
         command = json.loads((tmp_path / "assessment.json").read_text())["rows"][1]["commands"][0]
-        assert "--lr 3e-05 --epochs 3" in command and "ga-gd" in command
-        partial = tmp_path / "work" / "assessment" / "SPUL.json"
+        assert "--lr 3e-05" in command and "ga-gd" in command
+        partial = tmp_path / "runs" / "assessment" / "SPUL.json"
         partial.write_text(json.dumps(json.loads(partial.read_text()) | {"finished": False}))
         study.main([kind, *args, "--table"])
         assert not json.loads((tmp_path / "assessment.json").read_text())["rows"][0]["lines"]

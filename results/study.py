@@ -9,9 +9,11 @@
     python results/study.py requests --base smollm2     two prompts for one model: results/requests
     python results/study.py sizes --base smollm2        smaller models: results/sizes
 
-Every run is a few commands as a user would type them; they are printed, and kept in the table's JSON. Models, prompts
-and what eval.py measured go into the folder --work. What is there is not run again, what was stopped goes on, and the
-table is written anew after each run. --jobs runs several side by side, each on its share of the cores.
+Every run is a few commands as a user would type them; they are printed, and kept in the table's JSON. What they
+measured, with the small folders of prompts and of memorised models' adapters, goes into runs/ beside the tables; models
+go into the folder --work. What is measured is not run again, on this machine or another: a memorised model is made from
+its adapter where it is missing. What was stopped goes on, and the table is written anew after each run. --jobs runs
+several side by side, each on its share of the cores.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,7 +33,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import tables  # noqa: E402
 from cli import run as run_command  # noqa: E402
+from eval import costs  # noqa: E402
+from finetune import ADAPTER  # noqa: E402
 from files import read_json, weight_files, write_json, write_whole  # noqa: E402
+from spul import PROMPT_FILES  # noqa: E402
 
 SPLITS = ("forget", "retain", "test_forget", "test_retain")
 # The rows: of which files in results/, how many of each (None: all).
@@ -41,18 +47,18 @@ ROWS = {"sst2": {"forget": {"sst2/forget": None, "sst2/forget_more": None},
         "ablations": {split: {f"sst2/{split}": None} for split in SPLITS},
         "tofu": {split: {f"tofu/{split}": None} for split in SPLITS}}
 ROWS |= {"assessment": ROWS["sst2"], "robust": ROWS["ablations"], "sizes": ROWS["ablations"], "requests": ROWS["sciq"]}
+SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}  # whose memorised model they take
 TEMPLATE = {study: "question" if study in ("sciq", "requests") else "sentiment" for study in ROWS}
-BATCH = ("--batch-size", 16)
-# Epochs until nearly all rows are known; of the retrained model, too. Smaller models are slower to learn.
-MEMORISE = {study: {"sciq": 8, "requests": 8, "sizes": 10, "tofu": 20}.get(study, 5) for study in ROWS}
-# Of each baseline four tries, rate and epochs: one epoch, as in the paper, at three rates half a power of ten apart,
-# and, because so few rows make few steps, three epochs at the middle one.
-TRIES = {"full": ((1e-5, 1), (3e-5, 1), (1e-4, 1), (3e-5, 3)), "lora": ((3e-4, 1), (1e-3, 1), (3e-3, 1), (1e-3, 3))}
+# The model to unlearn from. Its LoRA is small enough to be kept, in results/runs, and has the usual size of steps.
+MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10}.get(study, 4) for study in ROWS}  # epochs
+LORA = ("--rank", 4, "--lora-alpha", 32, "--batch-size", 16)
+BATCH = ("--batch-size", 8)  # of all that unlearns: half as many rows a step, so twice as many steps
+# Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart.
+TRIES = {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}
 BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "full"), "GA+GD": ("ga-gd", "full"),
              "NPO": ("npo", "full"), "LoRA+GA": ("llmu", "lora"), "SKU": ("sku", "lora")}
-SEEDS = (0, 1, 2)  # of SPUL, which takes train.py's defaults but for the epochs: ten, the paper's, on 400 rows are few
-SPUL_EPOCHS = 14
-ABLATION_EPOCHS = 10
+SEEDS = (0, 1, 2)  # of SPUL, which takes train.py's defaults but for batches and epochs
+SPUL_EPOCHS = 7
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
 CUT = (10, 20)  # of SmolLM2-135M's 30 layers
@@ -68,9 +74,13 @@ class Run:
     """One line of a table, or one of several runs from which the best is chosen, or a mean is taken."""
 
     method: str
-    name: str  # of its folder and of its JSON file
+    name: str  # of its folders and of its JSON file
     commands: list
-    keep: bool = True  # its weights, once they are measured
+    results: Path  # its JSON file, written last
+    log: Path  # what its commands print
+    learned: Path = None  # the folder of what it learns, made by one of its commands
+    needed: bool = False  # by other runs, in work
+    prompt: Path = None  # where train.py's own measurement goes, if that is wanted
 
 
 class Plan:
@@ -80,8 +90,12 @@ class Plan:
 
     def __init__(self, study, base, work, out=HERE):
         self.base, self.work, self.template, self.out = base, Path(work) / study, ("--template", TEMPLATE[study]), out
-        self.memorise = ("--epochs", MEMORISE[study])
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.runs = Path(os.path.relpath(out)) / "runs" / study  # no paths of a machine in what is kept
+        self.learn = (*LORA, "--epochs", MEMORISE[study])
+        self.source = Plan(SOURCE[study], base, work, out) if study in SOURCE else self
+        self.known = self.source.work / "memorised"
+        for folder in (self.work, self.runs):
+            folder.mkdir(parents=True, exist_ok=True)
         for split, parts in ROWS[study].items():
             lines = [line for name, n in parts.items() for line in islice(open(HERE / f"{name}.jsonl", "rb"), n)]
             write_whole(self.file(split), lambda temporary: temporary.write_bytes(b"".join(lines)))
@@ -99,174 +113,219 @@ class Plan:
     def file(self, split):
         return self.work / f"{split}.jsonl"
 
+    def json(self, name):
+        return self.runs / f"{name}.json"
+
     def data(self, *splits):
         return [*(part for split in splits for part in (f"--{split.replace('_', '-')}", self.file(split))),
                 *self.template]
 
     def measure(self, name, model, *prompt):
         return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.tofu_options, "--json",
-                self.work / f"{name}.json"]
+                self.json(name)]
 
-    def model(self, method, name, *command, keep=False):
+    def run(self, method, name, *commands, **more):
+        return Run(method, name, list(commands), self.json(name), self.work / f"{name}.log", **more)
+
+    def model(self, method, name, *command, needed=False):
         """A run whose command makes a model folder."""
         out = self.work / name
-        return Run(method, name, [[*command, "--resume", "--out", out], self.measure(name, out)], keep)
+        return self.run(method, name, [*command, "--resume", "--out", out], self.measure(name, out), learned=out,
+                        needed=needed)
 
-    def prompt(self, method, name, *command):
-        """A run whose command makes a prompt or a guard for the memorised model."""
-        out, model = self.work / name, self.work / "memorised"
-        return Run(method, name, [[*command, "--model", model, "--out", out],
-                                  self.measure(name, model, "--prompt", out)])
+    def guard(self, method, name, *command):
+        """A run whose command makes a guard for the memorised model."""
+        out = self.work / name
+        return self.run(method, name, [*command, "--model", self.known, "--out", out],
+                        self.measure(name, self.known, "--prompt", out), learned=out)
 
     def spul(self, method, name, *options, forget="forget"):
-        return self.prompt(method, name, "train.py", "--forget", self.file(forget), *self.data("retain"), *BATCH,
-                           *options, "--resume")
+        """A prompt for the memorised model, which train.py measures."""
+        out = self.work / name
+        return self.run(method, name, [
+            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *BATCH, *options, "--model", self.known,
+            "--resume", "--out", out], learned=out, prompt=self.json(name))
 
     def memorised(self):
-        return self.model("memorised", "memorised", "finetune.py", "--model", self.base, "--data", self.file("forget"),
-                          self.file("retain"), *self.template, *BATCH, *self.memorise, keep=True)
+        return self.source.model("memorised", "memorised", "finetune.py", "--model", self.base, "--data",
+                                 self.source.file("forget"), self.source.file("retain"), *self.template,
+                                 *self.source.learn, needed=True)
 
-    def baseline(self, method, what):
-        """One of the TRIES -> its name and its command, but for the model and where to."""
-        (command, train), (lr, epochs) = BASELINES[method], what
-        return f"{command}-{lr:g}" + (f"-{epochs}-epochs" if epochs > 1 else ""), [
-            "baselines.py", command, *self.data("forget", "retain"), *BATCH, "--train", train, "--lr", f"{lr:g}",
-            "--epochs", epochs, *(["--randoms", 1] if train == "lora" else [])]
+    def retrained(self):
+        return self.model("retrained", "retrained", "baselines.py", "retrain", "--model", self.base,
+                          *self.data("forget", "retain"), *self.learn, needed=True)
+
+    def baseline(self, method, lr, *options):
+        """One of the TRIES -> its name and its command, but for where to."""
+        command, train = BASELINES[method]
+        return f"{command}-{lr:g}", ["baselines.py", command, "--model", self.known, *self.data("forget", "retain"),
+                                     *BATCH, "--train", train, "--lr", f"{lr:g}", *options,
+                                     *(["--randoms", 1] if train == "lora" else [])]
+
+    def try_of(self, method, lr, *options, line=None):
+        name, command = self.baseline(method, lr, *options)
+        return self.model(line or method, name, *command)
 
     def main(self):
         """The main table's runs, in groups that need what the group before has made."""
         data = self.data("forget", "retain")
-        yield [Run("vanilla", "vanilla", [self.measure("vanilla", self.base)]), self.memorised(),
-               self.model("retrained", "retrained", "baselines.py", "retrain", "--model", self.base, *data, *BATCH,
-                          *self.memorise, keep=True)]
+        yield [self.memorised()]
         yield [
-            *(self.model(method, name, *command, "--model", self.work / "memorised")
-              for method, (_, train) in BASELINES.items()
-              for name, command in (self.baseline(method, what) for what in TRIES[train])),
-            self.prompt("ECO, as retrained", "eco", "baselines.py", "eco", *data, "--target", self.work / "retrained"),
-            self.prompt("ECO, to 0", "eco-0", "baselines.py", "eco", *data, "--target", 0),
-            self.prompt("ICUL", "icul", "baselines.py", "icul", *data),
-            *(self.spul("SPUL", f"spul-{seed}", "--seed", seed, "--epochs", SPUL_EPOCHS) for seed in SEEDS),
+            self.spul("SPUL", "spul-0", "--seed", 0, "--epochs", SPUL_EPOCHS), self.retrained(),
+            *(self.try_of(method, lr) for method, (_, train) in BASELINES.items() for lr in TRIES[train]),
+            *(self.spul("SPUL", f"spul-{seed}", "--seed", seed, "--epochs", SPUL_EPOCHS) for seed in SEEDS[1:]),
+            self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
+        ]
+        yield [
+            self.guard("ECO, as retrained", "eco", "baselines.py", "eco", *data, "--target",
+                       self.work / "retrained"),
+            self.guard("ECO, to 0", "eco-0", "baselines.py", "eco", *data, "--target", 0),
+            self.guard("ICUL", "icul", "baselines.py", "icul", *data),
         ]
 
     def assessment(self):
         """Of the main SST-2 prompt, and of GA+GD's chosen model, whose weights are made again."""
-        main = self.work.parent / "sst2"
+        main = Plan("sst2", self.base, self.work.parent, self.out)
         table = Path(self.out) / "sst2/main.json"
         if not table.exists():
             raise ValueError(f"no {table}: python results/study.py sst2 comes first")
         chosen = {row["name"] for row in read_json(table)["rows"] if row["method"] == "GA+GD" and row["chosen"]}
-        tries = [baseline for baseline in map(self.baseline, ["GA+GD"] * 4, TRIES["full"]) if baseline[0] in chosen]
-        if not tries:
-            raise ValueError(f"{table}: no run of GA+GD is measured: python results/study.py sst2 comes first")
-        again = [*tries[0][1], "--model", main / "memorised", "--resume", "--out", self.work / "ga-gd"]
-        unrelated = Path(os.path.relpath(HERE)) / "sciq/test_retain.jsonl"
-        yield [Run(name, name, [*first, ["assess.py", "--model", main / "memorised", "--prompt", made, "--retrained",
-                                         main / "retrained", *self.data(*SPLITS), "--unrelated", unrelated, "--rows",
-                                         300, "--json", self.work / f"{name}.json"]])
-               for name, made, first in (("SPUL", main / "spul-0", []), ("GA+GD", self.work / "ga-gd", [again]))]
+        again = [command for name, command in (main.baseline("GA+GD", lr) for lr in TRIES["full"]) if name in chosen]
+        if not again or not (main.runs / "spul-0").exists():
+            raise ValueError(f"{table}: SPUL or GA+GD is not measured: python results/study.py sst2 comes first")
+        yield [main.memorised(), main.retrained()]
+        made, unrelated = self.work / "ga-gd", Path(os.path.relpath(HERE)) / "sciq/test_retain.jsonl"
+        yield [self.run(name, name, *first, ["assess.py", "--model", main.known, "--prompt", prompt, "--retrained",
+                                             main.work / "retrained", *self.data(*SPLITS), "--unrelated", unrelated,
+                                             "--rows", 300, "--json", self.json(name)])
+               for name, prompt, first in (("SPUL", main.runs / "spul-0", []),
+                                           ("GA+GD", made, [[*again[0], "--resume", "--out", made]]))]
 
     def robust(self):
-        """Each prompt is measured, and asked with changed queries, which writes the run's JSON."""
+        """Each prompt is measured by train.py, and asked with changed queries, which writes the run's JSON."""
         yield [self.memorised()]
         kinds = {"plain": []} | {f"{kind} {s:g}": ["--corrupt", kind, "--corrupt-strength", s]
                                  for kind, strengths in CORRUPT.items() for s in strengths}
         runs = []
         for name, options in kinds.items():
             run = self.spul(name, name.replace(" ", "-"), *options, "--epochs", SPUL_EPOCHS)
-            file = run.commands[-1][-1]
-            run.commands[-1][-1] = file.with_suffix(".more.json")
-            run.commands.append(["assess.py", "--model", self.work / "memorised", "--prompt", file.with_suffix(""),
-                                 *self.data(*SPLITS), "--only", "robustness", "--rows", 300, "--json", file])
+            run.prompt = run.results.with_suffix(".more.json")
+            run.commands.append(["assess.py", "--model", self.known, "--prompt", self.runs / run.learned.name, *self.data(*SPLITS),
+                                 "--only", "robustness", "--rows", 300, "--json", run.results])
             runs.append(run)
         yield runs
 
     def tofu(self):
         """Every run has its own line: what is best depends on how much forgetting is worth."""
         self.tofu_options = ["--tofu", "--retrained", self.work / "retrained"]
-        data, unknown = self.data("forget", "retain"), ["--generic", Path(os.path.relpath(HERE)) / "tofu/unknown.txt"]
-        yield [self.model("retrained", "retrained", "baselines.py", "retrain", "--model", self.base, *data, *BATCH,
-                          *self.memorise, keep=True)]  # first: all others are measured with it
+        data, out = self.data("forget", "retain"), self.work / "spul"
+        unknown = ["--generic", Path(os.path.relpath(HERE)) / "tofu/unknown.txt"]
+        yield [self.retrained()]  # first: all others are measured with it
         yield [self.memorised()]
-        yield [Run("vanilla", "vanilla", [self.measure("vanilla", self.base)]),
-               *(self.model(f"{method}, lr {lr:g}", f"{command}-{lr:g}", "baselines.py", command, "--model",
-                            self.work / "memorised", *data, *BATCH, "--train", "full", "--epochs", 5, "--lr", f"{lr:g}")
-                 for method, command in (("GA+GD", "ga-gd"), ("NPO", "npo")) for lr in (1e-5, 3e-5, 1e-4)),
-               self.spul("SPUL", "spul", *unknown, "--epochs", TOFU_EPOCHS)]
+        yield [self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
+               *(self.try_of(method, lr, "--epochs", 5, line=f"{method}, lr {lr:g}")
+                 for method in ("GA+GD", "NPO") for lr in (1e-5, 3e-5, 1e-4)),
+               self.run("SPUL", "spul", ["train.py", *data, *BATCH, *unknown, "--epochs", TOFU_EPOCHS, "--model",
+                                         self.known, "--resume", "--out", out],
+                        self.measure("spul", self.known, "--prompt", out), learned=out)]
 
     def requests(self):
         """Two prompts, each trained without the other's rows, alone and one behind the other, asked of both topics."""
         yield [self.memorised()]
-        made = {name: self.work / name for name in ("genetics", "chemistry")}
-        yield [Run(name, name, [["train.py", "--model", self.work / "memorised", "--forget", self.file(rows),
-                                 "--retain", self.file("rest"), *self.template, *BATCH, "--epochs", ABLATION_EPOCHS,
-                                 "--resume", "--out", made[name]], *self.both(name, made[name])])
+        made = {name: self.runs / name for name in ("genetics", "chemistry")}
+        yield [self.run(name, name, ["train.py", "--model", self.known, "--forget", self.file(rows), "--retain",
+                                     self.file("rest"), *self.template, *BATCH, "--epochs", SPUL_EPOCHS, "--resume",
+                                     "--out", self.work / name], *self.both(name, made[name]),
+                        learned=self.work / name)
                for name, rows in (("genetics", "forget"), ("chemistry", "other"))]
-        yield [Run(" + ".join(names), "-".join(names), self.both("-".join(names), *(made[name] for name in names)))
+        yield [self.run(" + ".join(names), "-".join(names), *self.both("-".join(names), *(made[n] for n in names)))
                for names in (("genetics", "chemistry"), ("chemistry", "genetics"))]
 
     def both(self, name, *prompts):
         """Two measurements: of genetics and what both retain, and of chemistry, which writes the run's JSON."""
-        ask = ["eval.py", "--model", self.work / "memorised", *self.template,
+        ask = ["eval.py", "--model", self.known, *self.template,
                *(a for prompt in prompts for a in ("--prompt", prompt))]
         return [[*ask, "--forget", self.file("forget"), "--retain", self.file("rest"), "--json",
-                 self.work / f"{name}.more.json"],
-                [*ask, "--forget", self.file("other"), "--json", self.work / f"{name}.json"]]
+                 self.json(f"{name}.more")],
+                [*ask, "--forget", self.file("other"), "--json", self.json(name)]]
 
     def sizes(self):
-        """The main table's SPUL row for SmolLM2 cut to its first layers, and whole."""
-        (self.work / "base-30").exists() or (self.work / "base-30").symlink_to(Path(self.base).resolve())
-        models, prompts = [], []
-        for layers in (*CUT, 30):
+        """SPUL's row for SmolLM2 whole, and cut to its first layers, which memorise anew."""
+        models = [dataclasses.replace(self.memorised(), method="30 layers, memorised")]
+        prompts = [self.spul("30 layers, SPUL", "spul-30", "--epochs", SPUL_EPOCHS)]
+        for layers in CUT:
             base, model, out = (self.work / f"{what}-{layers}" for what in ("base", "memorised", "spul"))
-            cut = ["results/cut.py", "--model", self.base, "--layers", layers, "--out", base]
-            learn = ["finetune.py", "--model", base, "--data", self.file("forget"), self.file("retain"),
-                     *self.template, *BATCH, *self.memorise, "--resume", "--out", model]
-            forget = ["train.py", "--model", model, *self.data("forget", "retain"), *BATCH, "--epochs", SPUL_EPOCHS,
-                      "--resume", "--out", out]
-            models.append(Run(f"{layers} layers, memorised", model.name, [
-                *([cut] if layers in CUT else []), learn, self.measure(model.name, model)]))
-            prompts.append(Run(f"{layers} layers, SPUL", out.name, [
-                forget, self.measure(out.name, model, "--prompt", out)]))
+            models.append(self.run(f"{layers} layers, memorised", model.name, [
+                "results/cut.py", "--model", self.base, "--layers", layers, "--out", base], [
+                "finetune.py", "--model", base, "--data", self.file("forget"), self.file("retain"), *self.template,
+                *self.learn, "--resume", "--out", model], self.measure(model.name, model), learned=model, needed=True))
+            prompts.append(self.run(f"{layers} layers, SPUL", out.name, [
+                "train.py", "--model", model, *self.data(*SPLITS), *BATCH, "--epochs", SPUL_EPOCHS, "--resume", "--out",
+                out], learned=out, prompt=self.json(out.name)))
         yield models
         yield prompts
 
     def ablations(self):
         yield [self.memorised()]
-        epochs, runs = ["--epochs", ABLATION_EPOCHS], {"alpha 1, beta 0.5, p 30": []}
+        epochs, runs = ["--epochs", SPUL_EPOCHS], {"alpha 1, beta 0.5, p 30": []}
         runs |= {f"alpha {a}, beta {b}": ["--alpha", a, "--beta", b]
                  for a, b in ((0.1, 0), (0.1, 1), (0.5, 0.5), (1, 0), (1, 1))}
         runs |= {f"p {p}": ["--num-tokens", p] for p in (10, 20, 40, 50)}
         runs |= {"KL after label": ["--kl-position", "after-label"]}
-        runs |= {f"free vectors, lr {lr}": ["--encoder-hidden", 0, "--lr", lr] for lr in (0.01, 0.03, 0.1)}
+        runs |= {f"free vectors, lr {lr}": ["--encoder-hidden", 0, "--lr", lr] for lr in (0.01, 0.03)}
         yield [*(self.spul(name, name.replace(",", "").replace(" ", "-"), *options, *epochs)
                  for name, options in runs.items()),
                *(self.spul(f"{n} % of the forget rows", f"share-{n}", *epochs, forget=f"forget_{n}")
                  for n in (25, 50))]
 
 
+def there(out):
+    """Whether what a command makes, a JSON file or a folder, is there and whole: these files are written last."""
+    return tables.measured(out) is not None if out.suffix == ".json" else any(
+        (out / name).exists() for name in ("config.json", "guard.json", "spul.json"))
+
+
+def keep(run, kept):
+    """Copy what is small of what a run has learned, a prompt or a memorised model's adapter, and what train.py
+    measured, to results."""
+    small = run.learned / ADAPTER if (run.learned / ADAPTER).exists() else run.learned
+    for name in PROMPT_FILES:  # an adapter's have the same names
+        if (small / name).exists():
+            kept.mkdir(exist_ok=True)
+            write_whole(kept / name, lambda temporary: shutil.copyfile(small / name, temporary))
+    if run.prompt:
+        info = read_json(kept / "spul.json")
+        write_json(run.prompt, {"model": info["model"], "prompt": str(run.learned), "dtype": info["options"]["dtype"],
+                                "cost": costs(info), **info["results"]})
+
+
 def perform(run, threads):
     """Do what of the run's commands has not been done -> whether it is measured, or has diverged, which NAME.failed
     keeps: it would diverge again."""
-    measured, failed = (run.commands[-1][-1].with_suffix(suffix) for suffix in (".json", ".failed"))
-    if tables.measured(measured) or failed.exists():
+    kept, failed = run.results.with_suffix(""), run.results.with_suffix(".failed")
+    if failed.exists() or there(run.results) and (not run.needed or there(run.learned)):
         return True
     for command in run.commands:
         out = Path(command[-1])
-        if out.suffix != ".json" and any((out / name).exists() for name in ("config.json", "guard.json", "spul.json")):
-            continue  # finished: these are written last
-        with open(measured.with_suffix(".log"), "a") as log:
-            done = subprocess.run([sys.executable, HERE.parent / command[0], *map(str, command[1:])], stdout=log,
-                                  stderr=subprocess.PIPE, text=True,
-                                  env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
-        if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            print(f"{run.name}: {why[0]}", flush=True)
-            if diverged := done.returncode == 3 and "not finite" in why[0]:
-                write_whole(failed, lambda temporary: temporary.write_text(why[0] + "\n"))
-            return diverged
-    if not run.keep:
-        (measured.with_suffix("") / "model.safetensors").unlink(missing_ok=True)
+        learning = out == run.learned
+        if not there(out) and not (learning and there(kept)):
+            if learning and (kept / "adapter_config.json").exists():
+                base = command[command.index("--model") + 1]
+                command = ["finetune.py", "--model", base, "--adapter", kept, "--out", out]
+            with open(run.log, "a") as log:
+                done = subprocess.run([sys.executable, HERE.parent / command[0], *map(str, command[1:])], stdout=log,
+                                      stderr=subprocess.PIPE, text=True,
+                                      env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
+            if done.returncode:
+                why = done.stderr.strip().splitlines()[-1:] or ["no message"]
+                print(f"{run.name}: {why[0]}", flush=True)
+                if diverged := done.returncode == 3 and "not finite" in why[0]:
+                    write_whole(failed, lambda temporary: temporary.write_text(why[0] + "\n"))
+                return diverged
+        if learning:
+            keep(run, kept)
+    if run.learned and not run.needed:
+        (run.learned / "model.safetensors").unlink(missing_ok=True)
     return True
 
 
@@ -289,13 +348,14 @@ def main(argv=None):
     table.parent.mkdir(parents=True, exist_ok=True)
 
     def write():
-        kept = [run for run in runs if run.name != "memorised" or args.study not in ("robust", "requests")]
-        rows, text = tables.table(args.study, kept)
+        own = [run for run in runs if run.results.parent == plan.runs or args.study == "sizes"]
+        rows, text = tables.table(args.study, own)
         write_json(table.with_suffix(".json"), {"study": args.study, "rows": rows})
         write_whole(table.with_suffix(".md"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
-    threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
     for group in groups if not args.table else []:
+        jobs = min(args.jobs, len(group))
+        threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
         pool = ThreadPoolExecutor(args.jobs)
         try:
             waiting = {pool.submit(perform, run, threads): run for run in group}

@@ -35,7 +35,7 @@ def collect(runs):
     """-> the table's rows. Of a baseline's runs the one with most retain less forget accuracy on train is chosen."""
     rows = []
     for run in runs:
-        file = run.commands[-1][-1]
+        file = run.results
         row = {"method": run.method, "name": run.name, "chosen": False, "commands": list(map(shown, run.commands))}
         if file.exists():
             found = read_json(file)
@@ -101,7 +101,7 @@ def others(study, runs):
     """-> rows and table of a study that is not the paper's: what each run found, whole, and its columns."""
     rows, cells = [], []
     for run in runs:
-        file = run.commands[-1][-1]
+        file = run.results
         row = {"method": run.method, "name": run.name, "commands": list(map(shown, run.commands))}
         rows.append(row)
         found = measured(file)
@@ -152,7 +152,7 @@ TABLES = {
 
 def assessments(runs):
     """One table of two assessments: the model before, with SPUL's prompt, GA+GD's, and the retrained one."""
-    files = [run.commands[-1][-1] for run in runs]
+    files = [run.results for run in runs]
     found = [(measured(file) or {"lines": []})["lines"] for file in files]
     rows = [{"method": run.method, "name": run.name, "commands": list(map(shown, run.commands)), "lines": lines}
             for run, lines in zip(runs, found)]
