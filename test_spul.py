@@ -1589,6 +1589,20 @@ def test_merging_an_adapter_gives_what_peft_merges(how, folder, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), got.parameters()))
 
 
+def test_a_memorised_models_adapter_makes_the_same_model_again_and_is_read_by_peft(folder, files, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    out, again = tmp_path / "m", tmp_path / "again"
+    assert call(finetune, "--model", folder, "--data", files["forget"], "--out", out, "--epochs", 2, "--rank", 4,
+                "--lora-alpha", 8, "--lr", "1e-2", "--targets", "q_proj,down_proj", "--dtype", "fp32") == 0
+    assert call(finetune, "--model", folder, "--adapter", out / "adapter", "--out", again) == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().state_dict()
+    first, ours = (Llama.from_pretrained(path).layers[1].mlp.down_proj.weight for path in (folder, out))
+    torch.testing.assert_close(ours, theirs["model.layers.1.mlp.down_proj.weight"], atol=1e-6, rtol=1e-6)
+    assert (ours - first).abs().max() > 1e-3
+
+
 def write_lora(path, change={}, tensor=None):
     place = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(32, 2)}
