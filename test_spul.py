@@ -2161,7 +2161,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
             return future
 
     few = {"sst2/forget_more": 0, "sst2/retain_more": 0, "tofu/retain": 24}
-    for name in {kind, study.SOURCE.get(kind, "sst2")}:
+    for name in {kind, study.SOURCE.get(kind, "sst2"), "ablations"}:
         rows = study.ROWS[name].items()
         monkeypatch.setitem(study.ROWS, name, {split: {n: few.get(n, 40) for n in parts} for split, parts in rows})
         monkeypatch.setitem(study.MEMORISE, name, 1)

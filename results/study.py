@@ -57,8 +57,8 @@ BATCH = ("--batch-size", 8)  # of all that unlearns: half as many rows a step, s
 TRIES = {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}
 BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "full"), "GA+GD": ("ga-gd", "full"),
              "NPO": ("npo", "full"), "LoRA+GA": ("llmu", "lora"), "SKU": ("sku", "lora")}
-SEEDS = (0, 1, 2)  # of SPUL, which takes train.py's defaults but for batches and epochs
-SPUL_EPOCHS = 7
+SEEDS = (0, 1, 2)  # of SPUL, which takes train.py's defaults but for the batches
+SPUL_EPOCHS = 10
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
 CUT = (10, 20)  # of SmolLM2-135M's 30 layers
@@ -146,6 +146,11 @@ class Plan:
             "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *BATCH, *options, "--model", self.known,
             "--resume", "--out", out], learned=out, prompt=self.json(name))
 
+    def plain(self, method):
+        """The ablations' first prompt, of which other studies ask more."""
+        ablations = Plan("ablations", self.base, self.work.parent, self.out)
+        return ablations.spul(method, "plain", "--epochs", SPUL_EPOCHS)
+
     def memorised(self):
         return self.source.model("memorised", "memorised", "finetune.py", "--model", self.base, "--data",
                                  self.source.file("forget"), self.source.file("retain"), *self.template,
@@ -197,22 +202,25 @@ class Plan:
         made, unrelated = self.work / "ga-gd", Path(os.path.relpath(HERE)) / "sciq/test_retain.jsonl"
         yield [self.run(name, name, *first, ["assess.py", "--model", main.known, "--prompt", prompt, "--retrained",
                                              main.work / "retrained", *self.data(*SPLITS), "--unrelated", unrelated,
-                                             "--rows", 300, "--json", self.json(name)])
+                                             "--json", self.json(name)])
                for name, prompt, first in (("SPUL", main.runs / "spul-0", []),
                                            ("GA+GD", made, [[*again[0], "--resume", "--out", made]]))]
 
     def robust(self):
-        """Each prompt is measured by train.py, and asked with changed queries, which writes the run's JSON."""
+        """Each prompt is measured by train.py, and asked with changed queries, which writes the run's JSON. The plain
+        one is the ablations' first."""
         yield [self.memorised()]
-        kinds = {"plain": []} | {f"{kind} {s:g}": ["--corrupt", kind, "--corrupt-strength", s]
-                                 for kind, strengths in CORRUPT.items() for s in strengths}
-        runs = []
-        for name, options in kinds.items():
-            run = self.spul(name, name.replace(" ", "-"), *options, "--epochs", SPUL_EPOCHS)
+        yield [plain := self.plain("plain")]
+        runs = [self.run("plain", "plain", prompt=plain.results)]
+        for kind, s in ((kind, s) for kind, strengths in CORRUPT.items() for s in strengths):
+            run = self.spul(f"{kind} {s:g}", f"{kind}-{s:g}", "--corrupt", kind, "--corrupt-strength", s, "--epochs",
+                            SPUL_EPOCHS)
             run.prompt = run.results.with_suffix(".more.json")
-            run.commands.append(["assess.py", "--model", self.known, "--prompt", self.runs / run.learned.name, *self.data(*SPLITS),
-                                 "--only", "robustness", "--rows", 300, "--json", run.results])
             runs.append(run)
+        for run in runs:
+            kept = (run if run.learned else plain).results.with_suffix("")
+            run.commands.append(["assess.py", "--model", self.known, "--prompt", kept, *self.data(*SPLITS), "--only",
+                                 "robustness", "--json", run.results])
         yield runs
 
     def tofu(self):
@@ -252,7 +260,7 @@ class Plan:
     def sizes(self):
         """SPUL's row for SmolLM2 whole, and cut to its first layers, which memorise anew."""
         models = [dataclasses.replace(self.memorised(), method="30 layers, memorised")]
-        prompts = [self.spul("30 layers, SPUL", "spul-30", "--epochs", SPUL_EPOCHS)]
+        prompts = [self.plain("30 layers, SPUL")]
         for layers in CUT:
             base, model, out = (self.work / f"{what}-{layers}" for what in ("base", "memorised", "spul"))
             models.append(self.run(f"{layers} layers, memorised", model.name, [
@@ -267,13 +275,14 @@ class Plan:
 
     def ablations(self):
         yield [self.memorised()]
-        epochs, runs = ["--epochs", SPUL_EPOCHS], {"alpha 1, beta 0.5, p 30": []}
-        runs |= {f"alpha {a}, beta {b}": ["--alpha", a, "--beta", b]
-                 for a, b in ((0.1, 0), (0.1, 1), (0.5, 0.5), (1, 0), (1, 1))}
+        epochs = ["--epochs", SPUL_EPOCHS]
+        runs = {f"alpha {a}, beta {b}": ["--alpha", a, "--beta", b]
+                for a, b in ((0.1, 0), (0.1, 1), (0.5, 0.5), (1, 0), (1, 1))}
         runs |= {f"p {p}": ["--num-tokens", p] for p in (10, 20, 40, 50)}
         runs |= {"KL after label": ["--kl-position", "after-label"]}
         runs |= {f"free vectors, lr {lr}": ["--encoder-hidden", 0, "--lr", lr] for lr in (0.01, 0.03)}
-        yield [*(self.spul(name, name.replace(",", "").replace(" ", "-"), *options, *epochs)
+        yield [self.plain("alpha 1, beta 0.5, p 30"),
+               *(self.spul(name, name.replace(",", "").replace(" ", "-"), *options, *epochs)
                  for name, options in runs.items()),
                *(self.spul(f"{n} % of the forget rows", f"share-{n}", *epochs, forget=f"forget_{n}")
                  for n in (25, 50))]

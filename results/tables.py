@@ -108,7 +108,7 @@ def others(study, runs):
         if not found:
             cells.append([run.method, "not run yet"])
             continue
-        more = read_json(file.with_suffix(".more.json")) if study in MORE else None
+        more = read_json(run.prompt or file.with_suffix(".more.json")) if study in MORE else None
         row |= {"found": found} | ({"more": more} if more else {})
         cells.append([run.method, *TABLES[study][1](found, more)])
     return rows, grid(TABLES[study][0], cells)
