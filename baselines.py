@@ -221,7 +221,7 @@ def negate(model, args, strength):
 # ------------------------------------------------------------------------------------- guards, see guards.py
 
 
-def fit_classifier(x, y, seed, decay=1e-3, rounds=200):
+def fit_classifier(x, y, decay=1e-3, rounds=200):
     """Logistic regression on x (n, d), y (n,) of 0 and 1, both classes weighing the same -> w (d,), b (1,).
 
     The columns are scaled to mean 0 and spread 1 for the fit, and that scale is put into w and b.
@@ -267,7 +267,7 @@ def make_eco(args, model, tokenizer, forget, retain):
     held, rest = order[: len(y) // 5], order[len(y) // 5 :]
     if len(set(y[held].tolist())) < 2 or len(set(y[rest].tolist())) < 2:
         raise ValueError("eco: too few rows: a fifth of them, held out, has to hold both kinds")
-    w, b = fit_classifier(x[rest], y[rest], args.seed)
+    w, b = fit_classifier(x[rest], y[rest])
     p = torch.sigmoid(x @ w + b)
     tau = threshold(p[held], y[held], args.miss, args.conformal)
     missed, wrong = ((p[held] <= tau) & (y[held] > 0)), ((p[held] > tau) & (y[held] == 0))

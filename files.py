@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+os.umask(UMASK := os.umask(0))  # there is no other way to read it
+
 
 def read_json(path):
     """The JSON object in a file. Raises ValueError, with the place, for anything else."""
@@ -33,8 +35,7 @@ def write_whole(path, write):
         write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files that only their owner may read
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:  # the latter is safetensors' own word for a full disk
         raise OSError(f"{path}: could not be written: {getattr(e, 'strerror', None) or e}") from None

@@ -10,6 +10,7 @@ dimensions in which it spreads most (the paper's picture of the effect), and how
 the retain rows of their own label. steps: the losses of training, averaged over 20 steps, from the logs of train.py.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def embeddings(plt, args):
     for panel, side, title in zip(panels, sides, ("without the prompt", "with the prompt")):
         points, own = principal_axes(side), nearest_label(side, label, ~to_forget) == label
         for kind in ("retain", "forget"):
-            for i, (name, marker) in enumerate(zip(labels, "o^sDvP*X")):
+            for i, (name, marker) in enumerate(zip(labels, itertools.cycle("o^sDvP*X"))):
                 chosen = (to_forget == (kind == "forget")) & (label == i)
                 if chosen.any():
                     panel.scatter(*points[chosen].T, s=9, alpha=0.6, marker=marker, color=COLORS[kind],

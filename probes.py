@@ -133,7 +133,7 @@ def bag_of_words(members, others, seed, folds=5):
     found = torch.zeros(len(rows))
     for fold in range(folds):
         held = torch.arange(len(rows)) % folds == fold
-        w, b = fit_classifier(x[~held], y[~held], seed, decay=0.01)
+        w, b = fit_classifier(x[~held], y[~held], decay=0.01)
         found[held] = x[held] @ w + b
     return auc(found[y > 0].tolist(), found[y == 0].tolist())
 

@@ -1869,9 +1869,9 @@ def test_the_classifier_separates_what_can_be_separated_and_weighs_both_classes_
     draw = torch.Generator().manual_seed(0)
     y = torch.cat([torch.ones(20), torch.zeros(400)])
     x = torch.randn(420, 8, generator=draw) * 0.3 + y[:, None] * torch.tensor([2.0] + [0.0] * 7) + 5
-    w, b = baselines.fit_classifier(x, y, 0)
+    w, b = baselines.fit_classifier(x, y)
     assert (((x @ w + b) > 0) == (y > 0)).all()
-    w, b = baselines.fit_classifier(torch.zeros(420, 8), y, 0)
+    w, b = baselines.fit_classifier(torch.zeros(420, 8), y)
     assert torch.sigmoid(b).item() == pytest.approx(0.5, abs=1e-3)  # with nothing to go by
 
 
@@ -2131,10 +2131,13 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     assert [command[1].name for command in commands] == ["finetune.py"] * 2 and "--adapter" in commands[0]
     assert (known / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "sst2" / "main.md").read_text() == table
+    monkeypatch.setattr(study, "SPUL_EPOCHS", 1)  # what is measured is of another number
+    with pytest.raises(ValueError, match=r"spul-\d.json: measured with other commands, or another --base"):
+        study.main(args)
     assert call(evaluate, "--model", known, "--prompt", runs / "spul-1", "--ask", "a film") == 0
 
 
-@pytest.mark.parametrize("kind", ["tofu", "requests", "robust", "sizes", "assessment"])
+@pytest.mark.parametrize("kind", ["ablations", "tofu", "requests", "robust", "sizes", "assessment"])
 def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_path, monkeypatch):
     """With a random model and few rows; every command in this process, as it would run in its own."""
     monkeypatch.syspath_prepend(ROOT / "results")
@@ -2188,7 +2191,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         study.main([kind, *args, "--table"])
         assert not json.loads((tmp_path / "assessment.json").read_text())["rows"][0]["lines"]
         study.main([kind, *args])  # an assessment that was stopped goes on
-    file = tmp_path / {"tofu": "tofu/tofu"}.get(kind, kind)
+    file = tmp_path / {"tofu": "tofu/tofu", "ablations": "sst2/ablations"}.get(kind, kind)
     table, rows = file.with_suffix(".md").read_text(), json.loads(file.with_suffix(".json").read_text())["rows"]
     assert "not run yet" not in table and len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) < 3
     assert all(row["commands"] for row in rows) and not list((tmp_path / "work" / kind).glob("*.failed"))
@@ -2196,6 +2199,11 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         assert [row["method"] for row in rows][:3] == ["retrained", "memorised", "vanilla"] and len(rows) == 10
         assert table.splitlines()[2].endswith("| 1 |")  # the retrained model's forget quality beside itself
         assert len(rows[-1]["found"]["with"]["train forget"]["said"]) == 40
+    if kind == "ablations":
+        share, trained = rows[-2], tmp_path / "work" / kind / "share-25"
+        assert share["splits"]["train forget"]["rows"] == 40 and "forget_25.jsonl" in share["commands"][0]
+        assert json.loads((trained / "spul.json").read_text())["results"]["with"]["train forget"]["rows"] == 10
+        assert len({json.dumps(row["splits"]) for row in rows}) > len(rows) / 2  # each took its own options
     if kind == "requests":
         assert table.splitlines()[4].startswith("| genetics + chemistry |")
 

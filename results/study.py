@@ -9,11 +9,11 @@
     python results/study.py requests --base smollm2     two prompts for one model: results/requests
     python results/study.py sizes --base smollm2        smaller models: results/sizes
 
-Every run is a few commands as a user would type them; they are printed, and kept in the table's JSON. What they
-measured, with the small folders of prompts and of memorised models' adapters, goes into runs/ beside the tables; models
-go into the folder --work. What is measured is not run again, on this machine or another: a memorised model is made from
-its adapter where it is missing. What was stopped goes on, and the table is written anew after each run. --jobs runs
-several side by side, each on its share of the cores.
+Every run is a few commands as a user would type them. What they measured, and the commands, go into runs/ beside the
+tables, with the small folders of prompts and of memorised models' adapters; models go into the folder --work. What is
+measured is not run again, on this machine or another: a memorised model is made from its adapter where it is missing.
+What was stopped goes on, and the table is written anew after each run. --jobs runs several side by side, each on its
+share of the cores.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from cli import run as run_command  # noqa: E402
 from eval import costs  # noqa: E402
 from finetune import ADAPTER  # noqa: E402
 from files import read_json, weight_files, write_json, write_whole  # noqa: E402
-from spul import PROMPT_FILES  # noqa: E402
+from spul import PROMPT_FILES, fingerprint  # noqa: E402
 
 SPLITS = ("forget", "retain", "test_forget", "test_retain")
 # The rows: of which files in results/, how many of each (None: all).
@@ -46,14 +46,14 @@ ROWS = {"sst2": {"forget": {"sst2/forget": None, "sst2/forget_more": None},
         "sciq": {split: {f"sciq/{split}": None} for split in SPLITS},
         "ablations": {split: {f"sst2/{split}": None} for split in SPLITS},
         "tofu": {split: {f"tofu/{split}": None} for split in SPLITS}}
-ROWS |= {"assessment": ROWS["sst2"], "robust": ROWS["ablations"], "sizes": ROWS["ablations"], "requests": ROWS["sciq"]}
+ROWS |= {"assessment": ROWS["sst2"], "robust": ROWS["ablations"], "sizes": ROWS["sst2"], "requests": ROWS["sciq"]}
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}  # whose memorised model they take
 TEMPLATE = {study: "question" if study in ("sciq", "requests") else "sentiment" for study in ROWS}
 # The model to unlearn from. Its LoRA is small enough to be kept, in results/runs, and has the usual size of steps.
 MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10}.get(study, 4) for study in ROWS}  # epochs
 LORA = ("--rank", 4, "--lora-alpha", 32, "--batch-size", 16)
 BATCH = ("--batch-size", 8)  # of all that unlearns: half as many rows a step, so twice as many steps
-# Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart.
+# Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart. On SciQ the larger two.
 TRIES = {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}
 BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "full"), "GA+GD": ("ga-gd", "full"),
              "NPO": ("npo", "full"), "LoRA+GA": ("llmu", "lora"), "SKU": ("sku", "lora")}
@@ -78,6 +78,7 @@ class Run:
     commands: list
     results: Path  # its JSON file, written last
     log: Path  # what its commands print
+    base: str  # the fingerprint of the model with which all begins
     learned: Path = None  # the folder of what it learns, made by one of its commands
     needed: bool = False  # by other runs, in work
     prompt: Path = None  # where train.py's own measurement goes, if that is wanted
@@ -89,26 +90,24 @@ class Plan:
     tofu_options = []
 
     def __init__(self, study, base, work, out=HERE):
-        self.base, self.work, self.template, self.out = base, Path(work) / study, ("--template", TEMPLATE[study]), out
-        self.runs = Path(os.path.relpath(out)) / "runs" / study  # no paths of a machine in what is kept
+        base, work, self.out = map(os.path.relpath, (base, work, out))  # no paths of a machine in what is kept
+        self.base, self.work, self.template = base, Path(work) / study, ("--template", TEMPLATE[study])
+        self.runs, self.base_sha256 = Path(self.out) / "runs" / study, fingerprint(base)
         self.learn = (*LORA, "--epochs", MEMORISE[study])
         self.source = Plan(SOURCE[study], base, work, out) if study in SOURCE else self
         self.known = self.source.work / "memorised"
         for folder in (self.work, self.runs):
             folder.mkdir(parents=True, exist_ok=True)
-        for split, parts in ROWS[study].items():
-            lines = [line for name, n in parts.items() for line in islice(open(HERE / f"{name}.jsonl", "rb"), n)]
-            write_whole(self.file(split), lambda temporary: temporary.write_bytes(b"".join(lines)))
-        share = {n: self.file(f"forget_{n}") for n in (25, 50)} if study == "ablations" else {}
-        for n, file in share.items():  # every fourth row, every second
-            lines = self.file("forget").read_bytes().splitlines(keepends=True)
-            write_whole(file, lambda temporary: temporary.write_bytes(b"".join(lines[:: 100 // n])))
-
+        lines = {split: [line for name, n in parts.items() for line in islice(open(HERE / f"{name}.jsonl", "rb"), n)]
+                 for split, parts in ROWS[study].items()}
+        if study == "ablations":  # every fourth row, every second
+            lines |= {f"forget_{n}": lines["forget"][:: 100 // n] for n in (25, 50)}
         if study == "requests":  # the second request: chemistry, until then to be retained; retained by both: the rest
-            lines = self.file("retain").read_bytes().splitlines(keepends=True)
-            other = [line for line in lines if re.search(CHEMISTRY, json.loads(line)["text"])]
-            for name, part in (("other", other), ("rest", [line for line in lines if line not in other])):
-                write_whole(self.file(name), lambda temporary: temporary.write_bytes(b"".join(part)))
+            lines["other"] = [line for line in lines["retain"] if re.search(CHEMISTRY, json.loads(line)["text"])]
+            lines["rest"] = [line for line in lines["retain"] if line not in lines["other"]]
+        for split, rows in lines.items():
+            if not (file := self.file(split)).exists() or file.read_bytes() != b"".join(rows):
+                write_whole(file, lambda temporary: temporary.write_bytes(b"".join(rows)))
 
     def file(self, split):
         return self.work / f"{split}.jsonl"
@@ -125,7 +124,7 @@ class Plan:
                 self.json(name)]
 
     def run(self, method, name, *commands, **more):
-        return Run(method, name, list(commands), self.json(name), self.work / f"{name}.log", **more)
+        return Run(method, name, list(commands), self.json(name), self.work / f"{name}.log", self.base_sha256, **more)
 
     def model(self, method, name, *command, needed=False):
         """A run whose command makes a model folder."""
@@ -173,11 +172,11 @@ class Plan:
 
     def main(self):
         """The main table's runs, in groups that need what the group before has made."""
-        data = self.data("forget", "retain")
+        data, first = self.data("forget", "retain"), 1 if self.work.name == "sciq" else 0
         yield [self.memorised()]
         yield [
             self.spul("SPUL", "spul-0", "--seed", 0, "--epochs", SPUL_EPOCHS), self.retrained(),
-            *(self.try_of(method, lr) for method, (_, train) in BASELINES.items() for lr in TRIES[train]),
+            *(self.try_of(method, lr) for method, (_, train) in BASELINES.items() for lr in TRIES[train][first:]),
             *(self.spul("SPUL", f"spul-{seed}", "--seed", seed, "--epochs", SPUL_EPOCHS) for seed in SEEDS[1:]),
             self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
         ]
@@ -235,7 +234,7 @@ class Plan:
                  for method in ("GA+GD", "NPO") for lr in (1e-5, 3e-5, 1e-4)),
                self.run("SPUL", "spul", ["train.py", *data, *BATCH, *unknown, "--epochs", TOFU_EPOCHS, "--model",
                                          self.known, "--resume", "--out", out],
-                        self.measure("spul", self.known, "--prompt", out), learned=out)]
+                        self.measure("spul", self.known, "--prompt", self.runs / "spul"), learned=out)]
 
     def requests(self):
         """Two prompts, each trained without the other's rows, alone and one behind the other, asked of both topics."""
@@ -258,9 +257,10 @@ class Plan:
                 [*ask, "--forget", self.file("other"), "--json", self.json(name)]]
 
     def sizes(self):
-        """SPUL's row for SmolLM2 whole, and cut to its first layers, which memorise anew."""
+        """The main table's SPUL row, and the same for the model cut to its first layers, which memorise anew."""
+        main = Plan("sst2", self.base, self.work.parent, self.out)
         models = [dataclasses.replace(self.memorised(), method="30 layers, memorised")]
-        prompts = [self.plain("30 layers, SPUL")]
+        prompts = [main.spul("30 layers, SPUL", "spul-0", "--seed", 0, "--epochs", SPUL_EPOCHS)]
         for layers in CUT:
             base, model, out = (self.work / f"{what}-{layers}" for what in ("base", "memorised", "spul"))
             models.append(self.run(f"{layers} layers, memorised", model.name, [
@@ -281,11 +281,13 @@ class Plan:
         runs |= {f"p {p}": ["--num-tokens", p] for p in (10, 20, 40, 50)}
         runs |= {"KL after label": ["--kl-position", "after-label"]}
         runs |= {f"free vectors, lr {lr}": ["--encoder-hidden", 0, "--lr", lr] for lr in (0.01, 0.03)}
+        shares = [self.spul(f"{n} % of the forget rows", f"share-{n}", *epochs, forget=f"forget_{n}") for n in (25, 50)]
+        for run in shares:  # measured on all of them, as in the paper
+            run.prompt = None
+            run.commands.append(self.measure(run.name, self.known, "--prompt", self.runs / run.name))
         yield [self.plain("alpha 1, beta 0.5, p 30"),
                *(self.spul(name, name.replace(",", "").replace(" ", "-"), *options, *epochs)
-                 for name, options in runs.items()),
-               *(self.spul(f"{n} % of the forget rows", f"share-{n}", *epochs, forget=f"forget_{n}")
-                 for n in (25, 50))]
+                 for name, options in runs.items()), *shares]
 
 
 def there(out):
@@ -304,21 +306,35 @@ def keep(run, kept):
             write_whole(kept / name, lambda temporary: shutil.copyfile(small / name, temporary))
     if run.prompt:
         info = read_json(kept / "spul.json")
-        write_json(run.prompt, {"model": info["model"], "prompt": str(run.learned), "dtype": info["options"]["dtype"],
+        write_json(run.prompt, {"model": info["model"], "prompt": str(kept), "dtype": info["options"]["dtype"],
                                 "cost": costs(info), **info["results"]})
+
+
+def same(run):
+    """Whether what is measured is what the run would measure. Raises ValueError if it is of other commands."""
+    if not there(run.results):
+        return False
+    wanted = {"base_sha256": run.base, "commands": list(map(tables.shown, run.commands))}
+    found = read_json(run.results)
+    if any(found.get(key) != value for key, value in wanted.items()):
+        raise ValueError(f"{run.results}: measured with other commands, or another --base: delete it to measure anew")
+    return True
 
 
 def perform(run, threads):
     """Do what of the run's commands has not been done -> whether it is measured, or has diverged, which NAME.failed
     keeps: it would diverge again."""
     kept, failed = run.results.with_suffix(""), run.results.with_suffix(".failed")
-    if failed.exists() or there(run.results) and (not run.needed or there(run.learned)):
+    if failed.exists():
+        return not run.needed
+    if (measured := same(run)) and (not run.needed or there(run.learned)):
         return True
     for command in run.commands:
         out = Path(command[-1])
         learning = out == run.learned
         if not there(out) and not (learning and there(kept)):
             if learning and (kept / "adapter_config.json").exists():
+                shutil.rmtree(out, ignore_errors=True)  # what a merge or training left that was stopped
                 base = command[command.index("--model") + 1]
                 command = ["finetune.py", "--model", base, "--adapter", kept, "--out", out]
             with open(run.log, "a") as log:
@@ -330,11 +346,14 @@ def perform(run, threads):
                 print(f"{run.name}: {why[0]}", flush=True)
                 if diverged := done.returncode == 3 and "not finite" in why[0]:
                     write_whole(failed, lambda temporary: temporary.write_text(why[0] + "\n"))
-                return diverged
+                return diverged and not run.needed
         if learning:
             keep(run, kept)
-    if run.learned and not run.needed:
-        (run.learned / "model.safetensors").unlink(missing_ok=True)
+    if not measured:
+        write_json(run.results, {**read_json(run.results), "base_sha256": run.base,
+                                 "commands": list(map(tables.shown, run.commands))})
+    if run.learned and not run.needed and (run.learned / "model.safetensors").exists():
+        shutil.rmtree(run.learned)
     return True
 
 

@@ -11,12 +11,14 @@ import assess  # noqa: E402
 from files import read_json  # noqa: E402
 
 COLUMNS = ("train retain", "train forget", "test retain", "test forget")  # the paper's order
-PAPER = {  # accuracy of LLaMA-2-7B in the columns' order; for "sciq" it forgets WMDP's biology and retains SciQ
-    "sst2": {"vanilla": (37.50, 31.79, 37.51, 29.67), "memorised": (99.89, 99.72, 95.57, 96.07),
+PAPER = {  # accuracy of LLaMA-2-7B in the columns' order
+    "sst2": {"title": "paper's accuracy",
+             "vanilla": (37.50, 31.79, 37.51, 29.67), "memorised": (99.89, 99.72, 95.57, 96.07),
              "GA": (55.66, 53.93, 55.96, 56.89), "RL": (33.31, 13.82, 31.00, 14.26),
              "GA+KL": (55.64, 53.96, 55.94, 56.89), "GA+GD": (97.17, 13.75, 94.43, 11.31),
              "SPUL": (99.15, 12.98, 94.93, 16.07)},
-    "sciq": {"memorised": (99.74, 98.11, 91.80, 62.73), "GA+GD": (99.42, 27.22, 90.00, 22.25),
+    "sciq": {"title": "paper's accuracy: WMDP's biology to forget, SciQ to retain",
+             "memorised": (99.74, 98.11, 91.80, 62.73), "GA+GD": (99.42, 27.22, 90.00, 22.25),
              "SPUL": (99.38, 5.44, 89.70, 3.22)},
 }
 
@@ -37,15 +39,14 @@ def collect(runs):
     for run in runs:
         file = run.results
         row = {"method": run.method, "name": run.name, "chosen": False, "commands": list(map(shown, run.commands))}
-        if file.exists():
-            found = read_json(file)
-            row |= {"splits": found["with"] or found["without"], "cost": found["cost"]}
+        if found := measured(file):
+            row |= {"splits": found["with"] or found["without"], "cost": found["cost"], "dtype": found["dtype"]}
         elif file.with_suffix(".failed").exists():
             row["failed"] = file.with_suffix(".failed").read_text().strip()
         rows.append(row)
     for method in dict.fromkeys(row["method"] for row in rows):
         here = [row for row in rows if row["method"] == method and "splits" in row]
-        for row in here if method == "SPUL" else sorted(here, key=gain)[-1:]:
+        for row in here if method == "SPUL" else [max(here, key=gain)] if here else []:
             row["chosen"] = True
     return rows
 
@@ -63,7 +64,8 @@ def per_cent(values):
 
 def markdown(rows, paper):
     """Two tables: accuracy and F1 beside the paper's accuracy; and what else was measured, with the cost."""
-    first = ["| method | " + " | ".join(COLUMNS) + " | paper's accuracy | run |", "|---" + "|---:" * 4 + "|---|---|"]
+    first = ["| " + " | ".join(["method", *COLUMNS, paper.get("title", ""), "run"]) + " |",
+             "|---" + "|---:" * 4 + "|---|---|"]
     second = ["| method | outside, train forget | commonest, train forget | outside, train retain | flagged, of train "
               "forget / retain | trainable | steps | s in them | peak GB |", "|---" + "|---:" * 8 + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -73,9 +75,9 @@ def markdown(rows, paper):
             first.append(f"| {method} | " + "| " * 4 + f"| {'; '.join(sorted(reasons))} |")
             continue
 
-        def values(split, metric, form=per_cent):
+        def values(split, metric):
             found = [row["splits"][split][metric] for row in here if metric in row["splits"][split]]
-            return form(found) if found else ""
+            return per_cent(found) if found else ""
 
         def cost(name, form):
             found = [row["cost"][name] for row in here if name in row["cost"]]
@@ -83,13 +85,19 @@ def markdown(rows, paper):
 
         cells = [f"{values(split, 'accuracy')} / {values(split, 'f1')}" for split in COLUMNS]
         theirs = " / ".join(f"{value:.1f}" for value in paper.get(method, ()))
-        first.append(f"| {method} | " + " | ".join([*cells, theirs, ", ".join(row["name"] for row in here)]) + " |")
+        tries = [row for row in rows if row["method"] == method]
+        done = sum("splits" in row or "failed" in row for row in tries)
+        names = ", ".join(row["name"] for row in here)
+        names += f", best of {done}" * (len(tries) > len(here)) + (
+            f", {len(tries) - done} not run yet" if done < len(tries) else "")
+        first.append(f"| {method} | " + " | ".join([*cells, theirs, names]) + " |")
         flagged = " / ".join(filter(None, (values(split, "flagged") for split in ("train forget", "train retain"))))
         second.append(f"| {method} | " + " | ".join([
             values("train forget", "outside"), values("train forget", "commonest"), values("train retain", "outside"),
             flagged, cost("trainable", "{:,.0f}".format), cost("steps", "{:.0f}".format),
             cost("seconds", "{:.0f}".format), cost("peak_bytes", lambda b: f"{b / 1e9:.1f}")]) + " |")
-    return "\n".join(["Accuracy / weighted F1, %.", "", *first, "", *second]) + "\n"
+    dtypes = ", ".join(sorted({row["dtype"].removeprefix("torch.") for row in rows if "dtype" in row}))
+    return "\n".join([f"Accuracy / weighted F1, %. Computed in {dtypes}.", "", *first, "", *second]) + "\n"
 
 
 def grid(head, rows):
@@ -98,15 +106,15 @@ def grid(head, rows):
 
 
 def others(study, runs):
-    """-> rows and table of a study that is not the paper's: what each run found, whole, and its columns."""
+    """-> rows and table of a study that is not the paper's: what each run found, and its columns."""
     rows, cells = [], []
     for run in runs:
         file = run.results
         row = {"method": run.method, "name": run.name, "commands": list(map(shown, run.commands))}
         rows.append(row)
-        found = measured(file)
+        found, failed = measured(file), file.with_suffix(".failed")
         if not found:
-            cells.append([run.method, "not run yet"])
+            cells.append([run.method, failed.read_text().strip() if failed.exists() else "not run yet"])
             continue
         more = read_json(run.prompt or file.with_suffix(".more.json")) if study in MORE else None
         row |= {"found": found} | ({"more": more} if more else {})
