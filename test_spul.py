@@ -2180,12 +2180,12 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         assert call(train, "--model", main.known, *main.data("forget", "retain"), "--epochs", 1, "--out",
                     main.runs / "spul-0") == 0
         (tmp_path / "sst2").mkdir()
-        chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-3e-05", "chosen": True}]}
+        chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-0.0003", "chosen": True}]}
         (tmp_path / "sst2" / "main.json").write_text(json.dumps(chosen))
     study.main([kind, *args])
     if kind == "assessment":
         command = json.loads((tmp_path / "assessment.json").read_text())["rows"][1]["commands"][0]
-        assert "--lr 3e-05" in command and "ga-gd" in command
+        assert "--lr 0.0003" in command and "ga-gd" in command
         partial = tmp_path / "runs" / "assessment" / "SPUL.json"
         partial.write_text(json.dumps(json.loads(partial.read_text()) | {"finished": False}))
         study.main([kind, *args, "--table"])

@@ -88,8 +88,7 @@ def markdown(rows, paper):
         tries = [row for row in rows if row["method"] == method]
         done = sum("splits" in row or "failed" in row for row in tries)
         names = ", ".join(row["name"] for row in here)
-        names += f", best of {done}" * (len(tries) > len(here)) + (
-            f", {len(tries) - done} not run yet" if done < len(tries) else "")
+        names += f", best of {done}" * (done > len(here)) + f", {len(tries) - done} not run yet" * (done < len(tries))
         first.append(f"| {method} | " + " | ".join([*cells, theirs, names]) + " |")
         flagged = " / ".join(filter(None, (values(split, "flagged") for split in ("train forget", "train retain"))))
         second.append(f"| {method} | " + " | ".join([
