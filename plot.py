@@ -52,12 +52,20 @@ def trade_off(plt, file):
         raise ValueError(f"{file}: no table of results/study.py")
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for panel, part in zip(panels, ("train", "test")):
+        points = {}  # by method, of which SPUL has several
         for row in rows:
             x, y = (100 * row["splits"][f"{part} {side}"]["accuracy"] for side in ("forget", "retain"))
-            ours = row["method"] == "SPUL"
-            panel.scatter(x, y, color="tab:red" if ours else "black", marker="*" if ours else "o", zorder=3)
-            panel.annotate(row["name"], (x, y), (5, 4), textcoords="offset points", fontsize=8)
-        panel.set(title=part, xlabel="forget accuracy, %", xlim=(-3, 110))
+            points.setdefault(row["method"], []).append((x, y))
+        dots, names = [dot for own in points.values() for dot in own], []  # a name that would cover one goes below it
+        for method, own in sorted(points.items(), key=lambda item: -item[1][0][1]):
+            ours, (x, y) = method == "SPUL", own[0]
+            panel.scatter(*zip(*own), color="tab:red" if ours else "black", marker="*" if ours else "o", zorder=3)
+            while any(x < a < x + 22 and abs(y - b) < 3 for a, b in dots) or any(
+                    abs(x - a) < 22 and abs(y - b) < 4 for a, b in names):
+                y -= 1
+            names.append((x, y))
+            panel.text(x + 1.5, y, method, fontsize=8, va="center", color="tab:red" if ours else "black")
+        panel.set(title=part, xlabel="forget accuracy, %", xlim=(-3, 122))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("retain accuracy, %")
     return figure
