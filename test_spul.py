@@ -2076,11 +2076,13 @@ def test_the_nearest_label_is_that_of_the_nearest_mean_of_the_known():
 
 def test_plot_draws_each_picture(folder, trained, files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    rows = [{"method": "SPUL", "name": "spul-0", "chosen": True, "splits": {
-        f"{part} {side}": {"accuracy": 0.5} for part in ("train", "test") for side in ("forget", "retain")}}]
+    rows = [{"method": method, "chosen": method != "RL", "splits": {
+        f"{part} {side}": {"accuracy": 0.5} for part in ("train", "test") for side in ("forget", "retain")}}
+        for method in ("SPUL", "SPUL", "NPO", "RL")]
     (tmp_path / "main.json").write_text(json.dumps({"rows": rows}))
     assert call(plot, "trade-off", tmp_path / "main.json", "--out", tmp_path / "a.svg") == 0
-    assert "spul-0" in (tmp_path / "a.svg").read_text()
+    names = [re.findall(f"<!-- {method} -->", (tmp_path / "a.svg").read_text()) for method in ("SPUL", "NPO", "RL")]
+    assert list(map(len, names)) == [2, 2, 0]  # in each panel once, whatever the seeds
     assert call(plot, "steps", trained / "log.jsonl", "--out", tmp_path / "b.png") == 0
     assert call(plot, "embeddings", "--model", folder, "--prompt", trained, "--forget", files["forget"], "--retain",
                 files["retain"], "--dtype", "fp32", "--out", tmp_path / "c.pdf") == 0
@@ -2792,6 +2794,8 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
     (tmp_path / "data.jsonl").write_text(Path(files["forget"]).read_text())
     (tmp_path / "names.txt").write_text("red\n")
     write_lora(tmp_path / "peft" / "lora")
+    (tmp_path / "results" / "sst2").mkdir(parents=True)
+    shutil.copyfile(ROOT / "results" / "sst2" / "main.json", tmp_path / "results" / "sst2" / "main.json")
     for _, script, *args in commands:
         for i, arg in enumerate(args):
             if arg.endswith(".jsonl") and arg != "data.jsonl":
