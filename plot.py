@@ -64,7 +64,8 @@ def trade_off(plt, file):
                     abs(x - a) < 22 and abs(y - b) < 4 for a, b in names):
                 y -= 1
             names.append((x, y))
-            panel.text(x + 1.5, y, method, fontsize=8, va="center", color="tab:red" if ours else "black")
+            panel.annotate(method, own[0], (x + 1.5, y), fontsize=8, va="center", color="tab:red" if ours else "black",
+                           arrowprops={"arrowstyle": "-", "lw": 0.4, "shrinkB": 3} if y < own[0][1] else None)
         panel.set(title=part, xlabel="forget accuracy, %", xlim=(-3, 122))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("retain accuracy, %")
