@@ -7,6 +7,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -2134,8 +2135,10 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     assert (known / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "sst2" / "main.md").read_text() == table
     monkeypatch.setattr(study, "SPUL_EPOCHS", 1)  # what is measured is of another number
-    with pytest.raises(ValueError, match=r"spul-\d.json: measured with other commands, or another --base"):
-        study.main(args)
+    for more in ([], ["--table"]):
+        with pytest.raises(ValueError, match=r"spul-\d.json: measured with other commands, or another --base"):
+            study.main([*args, *more])
+    assert (tmp_path / "sst2" / "main.md").read_text() == table
     assert call(evaluate, "--model", known, "--prompt", runs / "spul-1", "--ask", "a film") == 0
 
 
@@ -2809,6 +2812,24 @@ def test_every_command_of_the_readme_runs(folder, files, tmp_path):
                 shutil.rmtree(tmp_path / out, ignore_errors=True)
         done = command(script, *args, *fast, cwd=tmp_path)
         assert done.returncode == 0, (args, done.stderr)
+
+
+def test_the_readmes_comparison_is_what_the_study_measured():
+    lines = (ROOT / "README.md").read_text().split("train forget, answers outside the labels |\n")[1].splitlines()[1:]
+    table = [line.strip("| ").replace("*", "").split(" | ") for line in itertools.takewhile(str.strip, lines)]
+    names = {"memorised, before": "memorised", "retrained without the forget rows": "retrained",
+             "LoRA + gradient ascent": "LoRA+GA", "ECO, aimed at 0": "ECO, to 0",
+             "ECO, aimed at the retrained model's accuracy": "ECO, as retrained"}
+    measured = {}
+    for row in json.loads((ROOT / "results" / "sst2" / "main.json").read_text())["rows"]:
+        if row["chosen"]:
+            measured.setdefault(row["method"], []).append(row["splits"])
+    assert len(table) == len(measured) - 1  # all but vanilla
+    for method, *cells in table:
+        found = measured[names.get(method, method)]
+        wanted = [(split, "accuracy") for split in ("train forget", "train retain", "test forget", "test retain")]
+        for cell, (split, metric) in zip(cells, [*wanted, ("train forget", "outside")], strict=True):
+            assert cell == f"{100 * sum(splits[split][metric] for splits in found) / len(found):.1f}", (method, split)
 
 
 def test_the_readme_names_only_options_that_exist():

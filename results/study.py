@@ -83,6 +83,11 @@ class Run:
     needed: bool = False  # by other runs, in work
     prompt: Path = None  # where train.py's own measurement goes, if that is wanted
 
+    @property
+    def origin(self):
+        """What its figures come from, which is kept with them."""
+        return {"base_sha256": self.base, "commands": tables.shown(self)}
+
 
 class Plan:
     """The commands of one study. Its rows are copied into the folder of work."""
@@ -138,17 +143,21 @@ class Plan:
         return self.run(method, name, [*command, "--model", self.known, "--out", out],
                         self.measure(name, self.known, "--prompt", out), learned=out)
 
-    def spul(self, method, name, *options, forget="forget"):
-        """A prompt for the memorised model, which train.py measures."""
+    def spul(self, method, name, *options, forget="forget", model=None):
+        """A prompt for the memorised model, or another, which train.py measures."""
         out = self.work / name
         return self.run(method, name, [
-            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *BATCH, *options, "--model", self.known,
-            "--resume", "--out", out], learned=out, prompt=self.json(name))
+            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *BATCH, *options, "--epochs",
+            SPUL_EPOCHS, "--model", model or self.known, "--resume", "--out", out], learned=out, prompt=self.json(name))
+
+    def seeded(self, seed, method="SPUL"):
+        """The main table's prompts."""
+        return self.spul(method, f"spul-{seed}", "--seed", seed)
 
     def plain(self, method):
         """The ablations' first prompt, of which other studies ask more."""
         ablations = Plan("ablations", self.base, self.work.parent, self.out)
-        return ablations.spul(method, "plain", "--epochs", SPUL_EPOCHS)
+        return ablations.spul(method, "plain")
 
     def memorised(self):
         return self.source.model("memorised", "memorised", "finetune.py", "--model", self.base, "--data",
@@ -175,9 +184,9 @@ class Plan:
         data, n = self.data("forget", "retain"), 2 if self.work.name == "sciq" else None
         yield [self.memorised()]
         yield [
-            self.spul("SPUL", "spul-0", "--seed", 0, "--epochs", SPUL_EPOCHS), self.retrained(),
+            self.seeded(SEEDS[0]), self.retrained(),
             *(self.try_of(method, lr) for method, (_, train) in BASELINES.items() for lr in TRIES[train][:n]),
-            *(self.spul("SPUL", f"spul-{seed}", "--seed", seed, "--epochs", SPUL_EPOCHS) for seed in SEEDS[1:]),
+            *map(self.seeded, SEEDS[1:]),
             self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
         ]
         yield [
@@ -212,8 +221,7 @@ class Plan:
         yield [plain := self.plain("plain")]
         runs = [self.run("plain", "plain", prompt=plain.results)]
         for kind, s in ((kind, s) for kind, strengths in CORRUPT.items() for s in strengths):
-            run = self.spul(f"{kind} {s:g}", f"{kind}-{s:g}", "--corrupt", kind, "--corrupt-strength", s, "--epochs",
-                            SPUL_EPOCHS)
+            run = self.spul(f"{kind} {s:g}", f"{kind}-{s:g}", "--corrupt", kind, "--corrupt-strength", s)
             run.prompt = run.results.with_suffix(".more.json")
             runs.append(run)
         for run in runs:
@@ -260,40 +268,38 @@ class Plan:
         """The main table's SPUL row, and the same for the model cut to its first layers, which memorise anew."""
         main = Plan("sst2", self.base, self.work.parent, self.out)
         models = [dataclasses.replace(self.memorised(), method="30 layers, memorised")]
-        prompts = [main.spul("30 layers, SPUL", "spul-0", "--seed", 0, "--epochs", SPUL_EPOCHS)]
+        prompts = [main.seeded(0, "30 layers, SPUL")]
         for layers in CUT:
-            base, model, out = (self.work / f"{what}-{layers}" for what in ("base", "memorised", "spul"))
+            base, model = (self.work / f"{what}-{layers}" for what in ("base", "memorised"))
             models.append(self.run(f"{layers} layers, memorised", model.name, [
                 "results/cut.py", "--model", self.base, "--layers", layers, "--out", base], [
                 "finetune.py", "--model", base, "--data", self.file("forget"), self.file("retain"), *self.template,
                 *self.learn, "--resume", "--out", model], self.measure(model.name, model), learned=model, needed=True))
-            prompts.append(self.run(f"{layers} layers, SPUL", out.name, [
-                "train.py", "--model", model, *self.data(*SPLITS), *BATCH, "--epochs", SPUL_EPOCHS, "--resume", "--out",
-                out], learned=out, prompt=self.json(out.name)))
+            prompts.append(self.spul(f"{layers} layers, SPUL", f"spul-{layers}", model=model))
         yield models
         yield prompts
 
     def ablations(self):
         yield [self.memorised()]
-        epochs = ["--epochs", SPUL_EPOCHS]
         runs = {f"alpha {a}, beta {b}": ["--alpha", a, "--beta", b]
                 for a, b in ((0.1, 0), (0.1, 1), (0.5, 0.5), (1, 0), (1, 1))}
         runs |= {f"p {p}": ["--num-tokens", p] for p in (10, 20, 40, 50)}
         runs |= {"KL after label": ["--kl-position", "after-label"]}
         runs |= {f"free vectors, lr {lr}": ["--encoder-hidden", 0, "--lr", lr] for lr in (0.01, 0.03)}
-        shares = [self.spul(f"{n} % of the forget rows", f"share-{n}", *epochs, forget=f"forget_{n}") for n in (25, 50)]
+        shares = [self.spul(f"{n} % of the forget rows", f"share-{n}", forget=f"forget_{n}") for n in (25, 50)]
         for run in shares:  # measured on all of them, as in the paper
             run.prompt = None
             run.commands.append(self.measure(run.name, self.known, "--prompt", self.runs / run.name))
         yield [self.plain("alpha 1, beta 0.5, p 30"),
-               *(self.spul(name, name.replace(",", "").replace(" ", "-"), *options, *epochs)
-                 for name, options in runs.items()), *shares]
+               *(self.spul(name, name.replace(",", "").replace(" ", "-"), *options) for name, options in runs.items()),
+               *shares]
 
 
 def there(out):
     """Whether what a command makes, a JSON file or a folder, is there and whole: these files are written last."""
-    return tables.measured(out) is not None if out.suffix == ".json" else any(
-        (out / name).exists() for name in ("config.json", "guard.json", "spul.json"))
+    if out.suffix == ".json":
+        return out.exists() and read_json(out).get("finished", True)  # assess.py's says whether it is
+    return any((out / name).exists() for name in ("config.json", "guard.json", "spul.json"))
 
 
 def keep(run, kept):
@@ -310,15 +316,13 @@ def keep(run, kept):
                                 "cost": costs(info), **info["results"]})
 
 
-def same(run):
-    """Whether what is measured is what the run would measure. Raises ValueError if it is of other commands."""
-    if not there(run.results):
-        return False
-    wanted = {"base_sha256": run.base, "commands": list(map(tables.shown, run.commands))}
-    found = read_json(run.results)
-    if any(found.get(key) != value for key, value in wanted.items()):
-        raise ValueError(f"{run.results}: measured with other commands, or another --base: delete it to measure anew")
-    return True
+def is_measured(run):
+    """Whether the run is measured. Raises ValueError if what is there comes from other commands."""
+    found = tables.measured(run.results)
+    if found and any(found[key] != value for key, value in run.origin.items()):
+        raise ValueError(f"{run.results}: measured with other commands, or another --base or --work: it says which; "
+                         "take those, or delete it to measure anew")
+    return found is not None
 
 
 def perform(run, threads):
@@ -327,7 +331,7 @@ def perform(run, threads):
     kept, failed = run.results.with_suffix(""), run.results.with_suffix(".failed")
     if failed.exists():
         return not run.needed
-    if (measured := same(run)) and (not run.needed or there(run.learned)):
+    if (measured := is_measured(run)) and (not run.needed or there(run.learned)):
         return True
     for command in run.commands:
         out = Path(command[-1])
@@ -350,8 +354,7 @@ def perform(run, threads):
         if learning:
             keep(run, kept)
     if not measured:
-        write_json(run.results, {**read_json(run.results), "base_sha256": run.base,
-                                 "commands": list(map(tables.shown, run.commands))})
+        write_json(run.results, {**read_json(run.results), **run.origin})
     if run.learned and not run.needed and (run.learned / "model.safetensors").exists():
         shutil.rmtree(run.learned)
     return True
@@ -377,6 +380,7 @@ def main(argv=None):
 
     def write():
         own = [run for run in runs if run.results.parent == plan.runs or args.study == "sizes"]
+        list(map(is_measured, own))  # no figure is shown with commands that it does not come from
         rows, text = tables.table(args.study, own)
         write_json(table.with_suffix(".json"), {"study": args.study, "rows": rows})
         write_whole(table.with_suffix(".md"), lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -24,13 +24,19 @@ PAPER = {  # accuracy of LLaMA-2-7B in the columns' order
 
 
 def measured(file):
-    """What a run wrote last -> its contents, or None if it is not there or not finished."""
+    """A run's JSON file -> its contents, or None if the run has not come to its end: its commands are added last."""
     found = read_json(file) if file.exists() else {}
-    return found if found.get("finished", bool(found)) else None
+    return found if "commands" in found and found.get("finished", True) else None
 
 
-def shown(command):
-    return "python " + shlex.join(map(str, command))
+def shown(run):
+    """Its commands, as one types them."""
+    return ["python " + shlex.join(map(str, command)) for command in run.commands]
+
+
+def first_of(run):
+    """What a row of any table begins with."""
+    return {"method": run.method, "name": run.name, "commands": shown(run)}
 
 
 def collect(runs):
@@ -38,7 +44,7 @@ def collect(runs):
     rows = []
     for run in runs:
         file = run.results
-        row = {"method": run.method, "name": run.name, "chosen": False, "commands": list(map(shown, run.commands))}
+        row = {**first_of(run), "chosen": False}
         if found := measured(file):
             row |= {"splits": found["with"] or found["without"], "cost": found["cost"], "dtype": found["dtype"]}
         elif file.with_suffix(".failed").exists():
@@ -109,8 +115,7 @@ def others(study, runs):
     rows, cells = [], []
     for run in runs:
         file = run.results
-        row = {"method": run.method, "name": run.name, "commands": list(map(shown, run.commands))}
-        rows.append(row)
+        rows.append(row := first_of(run))
         found, failed = measured(file), file.with_suffix(".failed")
         if not found:
             cells.append([run.method, failed.read_text().strip() if failed.exists() else "not run yet"])
@@ -161,8 +166,7 @@ def assessments(runs):
     """One table of two assessments: the model before, with SPUL's prompt, GA+GD's, and the retrained one."""
     files = [run.results for run in runs]
     found = [(measured(file) or {"lines": []})["lines"] for file in files]
-    rows = [{"method": run.method, "name": run.name, "commands": list(map(shown, run.commands)), "lines": lines}
-            for run, lines in zip(runs, found)]
+    rows = [{**first_of(run), "lines": lines} for run, lines in zip(runs, found)]
     beside = {(row["part"], row["line"]): row for row in found[1]}
     cells = []
     for row in found[0]:
