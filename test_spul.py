@@ -2191,6 +2191,8 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
     if kind == "assessment":
         command = json.loads((tmp_path / "assessment.json").read_text())["rows"][1]["commands"][0]
         assert "--lr 0.0003" in command and "ga-gd" in command
+        leak = next(line for line in (tmp_path / "assessment.md").read_text().splitlines() if "PrivLeak" in line)
+        assert all(cell.strip() for cell in leak.split("|")[5:9])  # GA+GD's beside SPUL's retrained column, too
         partial = tmp_path / "runs" / "assessment" / "SPUL.json"
         partial.write_text(json.dumps(json.loads(partial.read_text()) | {"finished": False}))
         study.main([kind, *args, "--table"])

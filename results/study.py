@@ -208,11 +208,11 @@ class Plan:
             raise ValueError(f"{table}: SPUL or GA+GD is not measured: python results/study.py sst2 comes first")
         yield [main.memorised(), main.retrained()]
         made, unrelated = self.work / "ga-gd", Path(os.path.relpath(HERE)) / "sciq/test_retain.jsonl"
-        yield [self.run(name, name, *first, ["assess.py", "--model", main.known, "--prompt", prompt, "--retrained",
-                                             main.work / "retrained", *self.data(*SPLITS), "--unrelated", unrelated,
-                                             "--json", self.json(name)])
-               for name, prompt, first in (("SPUL", main.runs / "spul-0", []),
-                                           ("GA+GD", made, [[*again[0], "--resume", "--out", made]]))]
+        ask = ["assess.py", "--model", main.known, *self.data(*SPLITS), "--unrelated", unrelated]
+        yield [self.run("SPUL", "SPUL", [*ask, "--retrained", main.work / "retrained", "--prompt", main.runs / "spul-0",
+                                         "--json", self.json("SPUL")]),  # the retrained model's column is for both
+               self.run("GA+GD", "GA+GD", [*again[0], "--resume", "--out", made],
+                        [*ask, "--prompt", made, "--json", self.json("GA+GD")])]
 
     def robust(self):
         """Each prompt is measured by train.py, and asked with changed queries, which writes the run's JSON. The plain

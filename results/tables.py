@@ -164,12 +164,13 @@ TABLES = {
 
 def assessments(runs):
     """One table of two assessments: the model before, with SPUL's prompt, GA+GD's, and the retrained one."""
-    files = [run.results for run in runs]
-    found = [(measured(file) or {"lines": []})["lines"] for file in files]
-    rows = [{**first_of(run), "lines": lines} for run, lines in zip(runs, found)]
-    beside = {(row["part"], row["line"]): row for row in found[1]}
+    found = [(measured(run.results) or {"found": {}})["found"] for run in runs]
+    retrained = found[0].get("retrained", {})
+    lines = [assess.rows_of({**own, "retrained": retrained} if own else {}) for own in found]
+    rows = [{**first_of(run), "lines": own} for run, own in zip(runs, lines)]
+    beside = {(row["part"], row["line"]): row for row in lines[1]}
     cells = []
-    for row in found[0]:
+    for row in lines[0]:
         columns = [row, row, beside.get((row["part"], row["line"]), {**row, "with": None}), row]
         values = map(assess.shown, columns, ("before", "with", "with", "retrained"))
         cells.append([row["line"], row["part"], row["what"], row["better"], *values])
