@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import spul
 from baselines import fit_classifier
-from data import TEMPLATES, collate, epoch_batches, make_examples
+from data import TEMPLATES, by_length, collate, common_front, epoch_batches, make_examples
 from eval import COSTS, answer_hidden, costs, score
 from files import weight_files
 from finetune import Lora, fit, swap
@@ -259,11 +259,14 @@ def tuned(s, examples, others, seed):
     """
     torch.manual_seed(seed)
     swap(s.model, nn.Linear, lambda linear: Lora(linear, 8, 2.0))
-    batch, found = collate(examples, s.model.device), {}
+    front, found = common_front(examples), {}
+    parts = [collate([examples[i] for i in indices], s.model.device, front) for indices in by_length(examples, 16)]
+    targets = torch.cat([batch.targets for batch in parts])
 
-    def loss(indices, step):
-        h = s.model.hidden(batch.tokens, None if s.phi is None else s.model.front(s.phi), batch.at)
-        return F.cross_entropy(s.model.head(h), batch.targets)
+    def loss(indices, step):  # in parts by length: in one batch half of it would be padding
+        prefix = s.model.prefix(s.phi, front)
+        return F.cross_entropy(s.model.head(torch.cat([s.model.hidden(batch.tokens, prefix, batch.at)
+                                                       for batch in parts])), targets)
 
     def ask(epoch):
         if epoch + 1 in RELEARN_STEPS:
