@@ -56,7 +56,7 @@ MEANING = {
                   ", retain": ("higher", "before", "retain accuracy with rounded weights, %")},
     "utility": {"unrelated, perplexity": ("lower", "before", "of unrelated text"),
                 "": ("higher", "before", "accuracy %")},
-    "cost": {"bytes": ("lower", "", "to be stored besides the model it was made from"),
+    "cost": {"bytes beside": ("lower", "", "to be stored besides the model it was made from"),
              "": ("lower", "", "as the line says")},
 }
 

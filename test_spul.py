@@ -2554,6 +2554,7 @@ def test_the_assessment_has_every_part_and_every_column(assessed, capsys):
     assert lines["relearning", "8 rows, 20 steps"]["retrained"] is not None
     assert "relearning" in own["before"] and own["before"]["relearning"] == own["before"]["attack"] == {}
     assert lines["cost", "parameters trained"]["with"] == 752
+    assert [line for (_, line), row in lines.items() if "stored" in row["what"]] == ["bytes beside the model"]
     assert lines["utility", "unrelated, perplexity"]["before"] > 1
     for row in found["lines"]:
         assert row["what"] and all(row[name] is None or math.isfinite(row[name]) for name in assess.COLUMNS)
