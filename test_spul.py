@@ -2835,6 +2835,23 @@ def test_the_readmes_comparison_is_what_the_study_measured():
             assert cell == f"{100 * sum(splits[split][metric] for splits in found) / len(found):.1f}", (method, split)
 
 
+def test_the_readmes_limits_are_what_the_assessment_measured():
+    limits = " ".join((ROOT / "README.md").read_text().split("## What it does not do")[1].split())
+    spul_, ga_gd = (json.loads((ROOT / "results" / "runs" / "assessment" / f"{name}.json").read_text())["found"]
+                    for name in ("SPUL", "GA+GD"))
+    own, relearned = spul_["with"], "1 rows, 5 steps"
+    for words, value in {
+            "Without the prompt {} %": own["removed"]["prompt left out"],
+            "bring back {} % of others": own["relearning"][relearned],
+            "GA+GD's model, {} %": ga_gd["with"]["relearning"][relearned],
+            "In another template {} % of the retain": own["robustness"]["another template, retain"],
+            "of {} % without the prompt": spul_["before"]["robustness"]["another template, retain"],
+            "in front of them {} % of the forget": own["robustness"]["a row of the other side in front, forget"],
+    }.items():
+        assert words.format(f"{100 * value:.1f}") in limits, words
+    assert f"AUC of {own['membership']['outside, AUC against retain']:.2f}" in limits
+
+
 def test_the_readme_names_only_options_that_exist():
     text = (ROOT / "README.md").read_text()
     known = "".join((ROOT / name).read_text() for name in (
