@@ -2844,6 +2844,8 @@ def test_the_readmes_limits_are_what_the_assessment_measured():
             "Without the prompt {} %": own["removed"]["prompt left out"],
             "bring back {} % of others": own["relearning"][relearned],
             "GA+GD's model, {} %": ga_gd["with"]["relearning"][relearned],
+            "vectors do nearly as much ({} %)": own["attack"]["other forget rows"],
+            "rounded to 4 bits a part ({} %)": own["quantised"]["4 bit, forget"],
             "In another template {} % of the retain": own["robustness"]["another template, retain"],
             "of {} % without the prompt": spul_["before"]["robustness"]["another template, retain"],
             "in front of them {} % of the forget": own["robustness"]["a row of the other side in front, forget"],
