@@ -2839,11 +2839,12 @@ def test_the_readmes_limits_are_what_the_assessment_measured():
     limits = " ".join((ROOT / "README.md").read_text().split("## What it does not do")[1].split())
     spul_, ga_gd = (json.loads((ROOT / "results" / "runs" / "assessment" / f"{name}.json").read_text())["found"]
                     for name in ("SPUL", "GA+GD"))
-    own, relearned = spul_["with"], "1 rows, 5 steps"
+    own, never, relearned = spul_["with"], spul_["retrained"], "1 rows, 5 steps"
     for words, value in {
             "Without the prompt {} %": own["removed"]["prompt left out"],
             "bring back {} % of others": own["relearning"][relearned],
             "GA+GD's model, {} %": ga_gd["with"]["relearning"][relearned],
+            "never saw them gives {} %": never["relearning"][relearned],
             "vectors do nearly as much ({} %)": own["attack"]["other forget rows"],
             "rounded to 4 bits a part ({} %)": own["quantised"]["4 bit, forget"],
             "In another template {} % of the retain": own["robustness"]["another template, retain"],

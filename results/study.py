@@ -239,7 +239,7 @@ class Plan:
         yield [self.memorised()]
         yield [self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
                *(self.try_of(method, lr, "--epochs", 5, line=f"{method}, lr {lr:g}")
-                 for method in ("GA+GD", "NPO") for lr in (1e-5, 3e-5, 1e-4)),
+                 for method in ("GA+GD", "NPO") for lr in (3e-5, 1e-4, 3e-4)),
                self.run("SPUL", "spul", ["train.py", *data, *BATCH, *unknown, "--epochs", TOFU_EPOCHS, "--model",
                                          self.known, "--resume", "--out", out],
                         self.measure("spul", self.known, "--prompt", self.runs / "spul"), learned=out)]

@@ -105,8 +105,9 @@ def markdown(rows, paper):
     return "\n".join([f"Accuracy / weighted F1, %. Computed in {dtypes}.", "", *first, "", *second]) + "\n"
 
 
-def grid(head, rows):
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|",
+def grid(head, rows, texts=1):
+    """A table whose first columns are texts, and the others figures."""
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * texts + "|---:" * (len(head) - texts) + "|",
                       *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
@@ -173,9 +174,9 @@ def assessments(runs):
     for row in lines[0]:
         columns = [row, row, beside.get((row["part"], row["line"]), {**row, "with": None}), row]
         values = map(assess.shown, columns, ("before", "with", "with", "retrained"))
-        cells.append([row["line"], row["part"], row["what"], row["better"], *values])
-    head = ["line", "part", "what it is", "better", "before", *(run.method for run in runs), "retrained"]
-    return rows, grid(head, cells)
+        cells.append([row["part"], row["line"], row["what"], row["better"], *values])
+    head = ["part", "line", "what it is", "better", "before", *(run.method for run in runs), "retrained"]
+    return rows, grid(head, cells, texts=4)
 
 
 def table(study, runs):
