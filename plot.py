@@ -58,14 +58,14 @@ def trade_off(plt, file):
             points.setdefault(row["method"], []).append((x, y))
         dots, names = [dot for own in points.values() for dot in own], []  # a name that would cover one goes below it
         for method, own in sorted(points.items(), key=lambda item: -item[1][0][1]):
-            ours, (x, y) = method == "SPUL", own[0]
+            ours, dot, (x, y) = method == "SPUL", max(own), max(own)  # named beside the rightmost
             panel.scatter(*zip(*own), color="tab:red" if ours else "black", marker="*" if ours else "o", zorder=3)
             while any(x < a < x + 22 and abs(y - b) < 3 for a, b in dots) or any(
                     abs(x - a) < 22 and abs(y - b) < 4 for a, b in names):
                 y -= 1
             names.append((x, y))
-            panel.annotate(method, own[0], (x + 1.5, y), fontsize=8, va="center", color="tab:red" if ours else "black",
-                           arrowprops={"arrowstyle": "-", "lw": 0.4, "shrinkB": 3} if y < own[0][1] else None)
+            panel.annotate(method, dot, (x + 1.5, y), fontsize=8, va="center", color="tab:red" if ours else "black",
+                           arrowprops={"arrowstyle": "-", "lw": 0.4, "shrinkB": 3} if y < dot[1] else None)
         panel.set(title=part, xlabel="forget accuracy, %", xlim=(-3, 122))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("retain accuracy, %")
