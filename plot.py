@@ -58,7 +58,8 @@ def trade_off(plt, file):
             points.setdefault(row["method"], []).append((x, y))
         dots, names = [dot for own in points.values() for dot in own], []  # a name that would cover one goes below it
         for method, own in sorted(points.items(), key=lambda item: -item[1][0][1]):
-            ours, dot, (x, y) = method == "SPUL", max(own), max(own)  # named beside the rightmost
+            ours, dot = method == "SPUL", max(own)  # named beside its rightmost
+            x, y = dot
             panel.scatter(*zip(*own), color="tab:red" if ours else "black", marker="*" if ours else "o", zorder=3)
             while any(x < a < x + 22 and abs(y - b) < 3 for a, b in dots) or any(
                     abs(x - a) < 22 and abs(y - b) < 4 for a, b in names):
