@@ -2104,7 +2104,7 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     spec = importlib.util.spec_from_file_location("study", ROOT / "results" / "study.py")
     spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
     monkeypatch.setattr(study, "ROWS", {"sst2": {split: {f"sst2/{split}": 12} for split in study.SPLITS}})
-    monkeypatch.setattr(study, "TRIES", {"full": (1e-3, 1e9), "lora": (1e-3,)})
+    monkeypatch.setitem(study.TRIES, "sst2", {"full": (1e-3, 1e9), "lora": (1e-3,)})
     monkeypatch.setattr(study, "BASELINES", {"GA+GD": ("ga-gd", "full"), "SKU": ("sku", "lora")})
     monkeypatch.setattr(study, "SEEDS", (0, 1))
     (tmp_path / "sst2").mkdir()

@@ -49,12 +49,14 @@ ROWS = {"sst2": {"forget": {"sst2/forget": None, "sst2/forget_more": None},
 ROWS |= {"assessment": ROWS["sst2"], "robust": ROWS["ablations"], "sizes": ROWS["sst2"], "requests": ROWS["sciq"]}
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}  # whose memorised model they take
 TEMPLATE = {study: "question" if study in ("sciq", "requests") else "sentiment" for study in ROWS}
+DTYPE = {study: "fp32" if study in ("sst2", "assessment") else "bf16" for study in ROWS}  # fp32: the first machine's
 # The model to unlearn from. Its LoRA is small enough to be kept, in results/runs, and has the usual size of steps.
 MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10}.get(study, 4) for study in ROWS}  # epochs
 LORA = ("--rank", 4, "--lora-alpha", 32, "--batch-size", 16)
 BATCH = ("--batch-size", 8)  # of all that unlearns: half as many rows a step, so twice as many steps
-# Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart. On SciQ the first two.
-TRIES = {"full": (1e-4, 3e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3)}
+# Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart. SciQ's best are lower.
+TRIES = {"sst2": {"full": (1e-4, 3e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3)},
+         "sciq": {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}}
 BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "full"), "GA+GD": ("ga-gd", "full"),
              "NPO": ("npo", "full"), "LoRA+GA": ("llmu", "lora"), "SKU": ("sku", "lora")}
 SEEDS = (0, 1, 2)  # of SPUL, which takes train.py's defaults but for the batches
@@ -96,7 +98,8 @@ class Plan:
 
     def __init__(self, study, base, work, out=HERE):
         base, work, self.out = map(os.path.relpath, (base, work, out))  # no paths of a machine in what is kept
-        self.base, self.work, self.template = base, Path(work) / study, ("--template", TEMPLATE[study])
+        self.base, self.work = base, Path(work) / study
+        self.template, self.dtype = ("--template", TEMPLATE[study]), ("--dtype", DTYPE[study])
         self.runs, self.base_sha256 = Path(self.out) / "runs" / study, fingerprint(base)
         self.learn = (*LORA, "--epochs", MEMORISE[study])
         self.source = Plan(SOURCE[study], base, work, out) if study in SOURCE else self
@@ -125,7 +128,7 @@ class Plan:
                 *self.template]
 
     def measure(self, name, model, *prompt):
-        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.tofu_options, "--json",
+        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.dtype, *self.tofu_options, "--json",
                 self.json(name)]
 
     def run(self, method, name, *commands, **more):
@@ -140,15 +143,16 @@ class Plan:
     def guard(self, method, name, *command):
         """A run whose command makes a guard for the memorised model."""
         out = self.work / name
-        return self.run(method, name, [*command, "--model", self.known, "--out", out],
+        return self.run(method, name, [*command, *self.dtype, "--model", self.known, "--out", out],
                         self.measure(name, self.known, "--prompt", out), learned=out)
 
     def spul(self, method, name, *options, forget="forget", model=None):
         """A prompt for the memorised model, or another, which train.py measures."""
         out = self.work / name
         return self.run(method, name, [
-            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *BATCH, *options, "--epochs",
-            SPUL_EPOCHS, "--model", model or self.known, "--resume", "--out", out], learned=out, prompt=self.json(name))
+            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *self.dtype, *BATCH, *options,
+            "--epochs", SPUL_EPOCHS, "--model", model or self.known, "--resume", "--out", out],
+            learned=out, prompt=self.json(name))
 
     def seeded(self, seed, method="SPUL"):
         """The main table's prompts."""
@@ -172,7 +176,7 @@ class Plan:
         """One of the TRIES -> its name and its command, but for where to."""
         command, train = BASELINES[method]
         return f"{command}-{lr:g}", ["baselines.py", command, "--model", self.known, *self.data("forget", "retain"),
-                                     *BATCH, "--train", train, "--lr", f"{lr:g}", *options,
+                                     *self.dtype, *BATCH, "--train", train, "--lr", f"{lr:g}", *options,
                                      *(["--randoms", 1] if train == "lora" else [])]
 
     def try_of(self, method, lr, *options, line=None):
@@ -181,11 +185,11 @@ class Plan:
 
     def main(self):
         """The main table's runs, in groups that need what the group before has made."""
-        data, n = self.data("forget", "retain"), 2 if self.work.name == "sciq" else None
+        data, tries = self.data("forget", "retain"), TRIES[self.work.name]
         yield [self.memorised()]
         yield [
             self.seeded(SEEDS[0]), self.retrained(),
-            *(self.try_of(method, lr) for method, (_, train) in BASELINES.items() for lr in TRIES[train][:n]),
+            *(self.try_of(method, lr) for method, (_, train) in BASELINES.items() for lr in tries[train]),
             *map(self.seeded, SEEDS[1:]),
             self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
         ]
@@ -203,12 +207,13 @@ class Plan:
         if not table.exists():
             raise ValueError(f"no {table}: python results/study.py sst2 comes first")
         chosen = {row["name"] for row in read_json(table)["rows"] if row["method"] == "GA+GD" and row["chosen"]}
-        again = [command for name, command in (main.baseline("GA+GD", lr) for lr in TRIES["full"]) if name in chosen]
+        tries = (main.baseline("GA+GD", lr) for lr in TRIES["sst2"]["full"])
+        again = [command for name, command in tries if name in chosen]
         if not again or not (main.runs / "spul-0").exists():
             raise ValueError(f"{table}: SPUL or GA+GD is not measured: python results/study.py sst2 comes first")
         yield [main.memorised(), main.retrained()]
         made, unrelated = self.work / "ga-gd", Path(os.path.relpath(HERE)) / "sciq/test_retain.jsonl"
-        ask = ["assess.py", "--model", main.known, *self.data(*SPLITS), "--unrelated", unrelated]
+        ask = ["assess.py", "--model", main.known, *self.data(*SPLITS), *self.dtype, "--unrelated", unrelated]
         yield [self.run("SPUL", "SPUL", [*ask, "--retrained", main.work / "retrained", "--prompt", main.runs / "spul-0",
                                          "--json", self.json("SPUL")]),  # the retrained model's column is for both
                self.run("GA+GD", "GA+GD", [*again[0], "--resume", "--out", made],
@@ -226,8 +231,8 @@ class Plan:
             runs.append(run)
         for run in runs:
             kept = (run if run.learned else plain).results.with_suffix("")
-            run.commands.append(["assess.py", "--model", self.known, "--prompt", kept, *self.data(*SPLITS), "--only",
-                                 "robustness", "--json", run.results])
+            run.commands.append(["assess.py", "--model", self.known, "--prompt", kept, *self.data(*SPLITS), *self.dtype,
+                                 "--only", "robustness", "--json", run.results])
         yield runs
 
     def tofu(self):
@@ -240,8 +245,8 @@ class Plan:
         yield [self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
                *(self.try_of(method, lr, "--epochs", 5, line=f"{method}, lr {lr:g}")
                  for method in ("GA+GD", "NPO") for lr in (3e-5, 1e-4, 3e-4)),
-               self.run("SPUL", "spul", ["train.py", *data, *BATCH, *unknown, "--epochs", TOFU_EPOCHS, "--model",
-                                         self.known, "--resume", "--out", out],
+               self.run("SPUL", "spul", ["train.py", *data, *self.dtype, *BATCH, *unknown, "--epochs", TOFU_EPOCHS,
+                                         "--model", self.known, "--resume", "--out", out],
                         self.measure("spul", self.known, "--prompt", self.runs / "spul"), learned=out)]
 
     def requests(self):
@@ -249,8 +254,8 @@ class Plan:
         yield [self.memorised()]
         made = {name: self.runs / name for name in ("genetics", "chemistry")}
         yield [self.run(name, name, ["train.py", "--model", self.known, "--forget", self.file(rows), "--retain",
-                                     self.file("rest"), *self.template, *BATCH, "--epochs", SPUL_EPOCHS, "--resume",
-                                     "--out", self.work / name], *self.both(name, made[name]),
+                                     self.file("rest"), *self.template, *self.dtype, *BATCH, "--epochs", SPUL_EPOCHS,
+                                     "--resume", "--out", self.work / name], *self.both(name, made[name]),
                         learned=self.work / name)
                for name, rows in (("genetics", "forget"), ("chemistry", "other"))]
         yield [self.run(" + ".join(names), "-".join(names), *self.both("-".join(names), *(made[n] for n in names)))
@@ -258,7 +263,7 @@ class Plan:
 
     def both(self, name, *prompts):
         """Two measurements: of genetics and what both retain, and of chemistry, which writes the run's JSON."""
-        ask = ["eval.py", "--model", self.known, *self.template,
+        ask = ["eval.py", "--model", self.known, *self.template, *self.dtype,
                *(a for prompt in prompts for a in ("--prompt", prompt))]
         return [[*ask, "--forget", self.file("forget"), "--retain", self.file("rest"), "--json",
                  self.json(f"{name}.more")],
