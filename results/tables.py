@@ -20,6 +20,10 @@ PAPER = {  # accuracy of LLaMA-2-7B in the columns' order
     "sciq": {"title": "paper's accuracy: WMDP's biology to forget, SciQ to retain",
              "memorised": (99.74, 98.11, 91.80, 62.73), "GA+GD": (99.42, 27.22, 90.00, 22.25),
              "SPUL": (99.38, 5.44, 89.70, 3.22)},
+    "ablations": {"title": "paper's accuracy", "alpha 1, beta 0.5, p 30": (99.15, 12.98, 94.93, 16.07),
+                  "alpha 0.1, beta 0": (90.84, 9.12, 89.50, 10.33), "alpha 0.1, beta 1": (85.19, 8.49, 84.64, 10.66),
+                  "alpha 0.5, beta 0.5": (97.74, 13.82, 93.97, 17.21), "alpha 1, beta 0": (97.52, 12.14, 94.22, 15.57),
+                  "alpha 1, beta 1": (95.70, 14.88, 93.05, 17.38)},
 }
 
 
