@@ -49,7 +49,8 @@ ROWS = {"sst2": {"forget": {"sst2/forget": None, "sst2/forget_more": None},
 ROWS |= {"assessment": ROWS["sst2"], "robust": ROWS["ablations"], "sizes": ROWS["sst2"], "requests": ROWS["sciq"]}
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}  # whose memorised model they take
 TEMPLATE = {study: "question" if study in ("sciq", "requests") else "sentiment" for study in ROWS}
-DTYPE = {study: "fp32" if study in ("sst2", "assessment") else "bf16" for study in ROWS}  # fp32: the first machine's
+DTYPE = {study: "fp32" if study in ("sst2", "assessment") else "bf16" for study in ROWS}
+FP32 = ("alpha-0.1-beta-1", "alpha-0.5-beta-0.5", "share-25", "share-50")  # fp32: of machines that have no fast bf16
 # The model to unlearn from. Its LoRA is small enough to be kept, in results/runs, and has the usual size of steps.
 MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10}.get(study, 4) for study in ROWS}  # epochs
 LORA = ("--rank", 4, "--lora-alpha", 32, "--batch-size", 16)
@@ -127,9 +128,12 @@ class Plan:
         return [*(part for split in splits for part in (f"--{split.replace('_', '-')}", self.file(split))),
                 *self.template]
 
+    def precision(self, name):
+        return ("--dtype", "fp32") if name in FP32 else self.dtype
+
     def measure(self, name, model, *prompt):
-        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.dtype, *self.tofu_options, "--json",
-                self.json(name)]
+        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.precision(name), *self.tofu_options,
+                "--json", self.json(name)]
 
     def run(self, method, name, *commands, **more):
         return Run(method, name, list(commands), self.json(name), self.work / f"{name}.log", self.base_sha256, **more)
@@ -150,7 +154,7 @@ class Plan:
         """A prompt for the memorised model, or another, which train.py measures."""
         out = self.work / name
         return self.run(method, name, [
-            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *self.dtype, *BATCH, *options,
+            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *self.precision(name), *BATCH, *options,
             "--epochs", SPUL_EPOCHS, "--model", model or self.known, "--resume", "--out", out],
             learned=out, prompt=self.json(name))
 
@@ -288,9 +292,9 @@ class Plan:
         yield [self.memorised()]
         runs = {f"alpha {a}, beta {b}": ["--alpha", a, "--beta", b]
                 for a, b in ((0.1, 0), (0.1, 1), (0.5, 0.5), (1, 0), (1, 1))}
-        runs |= {f"p {p}": ["--num-tokens", p] for p in (10, 20, 40, 50)}
+        runs |= {f"p {p}": ["--num-tokens", p] for p in (10, 50)}
         runs |= {"KL after label": ["--kl-position", "after-label"]}
-        runs |= {f"free vectors, lr {lr}": ["--encoder-hidden", 0, "--lr", lr] for lr in (0.01, 0.03)}
+        runs |= {"free vectors, lr 0.01": ["--encoder-hidden", 0, "--lr", 0.01]}
         shares = [self.spul(f"{n} % of the forget rows", f"share-{n}", forget=f"forget_{n}") for n in (25, 50)]
         for run in shares:  # measured on all of them, as in the paper
             run.prompt = None
