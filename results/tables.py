@@ -23,7 +23,9 @@ PAPER = {  # accuracy of LLaMA-2-7B in the columns' order
     "ablations": {"title": "paper's accuracy", "alpha 1, beta 0.5, p 30": (99.15, 12.98, 94.93, 16.07),
                   "alpha 0.1, beta 0": (90.84, 9.12, 89.50, 10.33), "alpha 0.1, beta 1": (85.19, 8.49, 84.64, 10.66),
                   "alpha 0.5, beta 0.5": (97.74, 13.82, 93.97, 17.21), "alpha 1, beta 0": (97.52, 12.14, 94.22, 15.57),
-                  "alpha 1, beta 1": (95.70, 14.88, 93.05, 17.38)},
+                  "alpha 1, beta 1": (95.70, 14.88, 93.05, 17.38),
+                  **{f"{share} % of the forget rows": (math.nan, forget, math.nan, math.nan)  # with alpha 1, beta 1
+                     for share, forget in ((25, 26.69), (50, 18.96))}},
 }
 
 
@@ -78,6 +80,7 @@ def markdown(rows, paper):
              "|---" + "|---:" * 4 + "|---|---|"]
     second = ["| method | outside, train forget | commonest, train forget | outside, train retain | flagged, of train "
               "forget / retain | trainable | steps | s in them | peak GB |", "|---" + "|---:" * 8 + "|"]
+    dtypes = {row["dtype"] for row in rows if "dtype" in row}
     for method in dict.fromkeys(row["method"] for row in rows):
         here = [row for row in rows if row["method"] == method and row["chosen"]]
         if not here:
@@ -94,19 +97,20 @@ def markdown(rows, paper):
             return form(sum(found) / len(found)) if found else ""
 
         cells = [f"{values(split, 'accuracy')} / {values(split, 'f1')}" for split in COLUMNS]
-        theirs = " / ".join(f"{value:.1f}" for value in paper.get(method, ()))
+        theirs = " / ".join("–" if math.isnan(value) else f"{value:.1f}" for value in paper.get(method, ()))
         tries = [row for row in rows if row["method"] == method]
         done = sum("splits" in row or "failed" in row for row in tries)
         names = ", ".join(row["name"] for row in here)
         names += f", best of {done}" * (done > len(here)) + f", {len(tries) - done} not run yet" * (done < len(tries))
+        names += f", {here[0]['dtype'].removeprefix('torch.')}" * (len(dtypes) > 1)
         first.append(f"| {method} | " + " | ".join([*cells, theirs, names]) + " |")
         flagged = " / ".join(filter(None, (values(split, "flagged") for split in ("train forget", "train retain"))))
         second.append(f"| {method} | " + " | ".join([
             values("train forget", "outside"), values("train forget", "commonest"), values("train retain", "outside"),
             flagged, cost("trainable", "{:,.0f}".format), cost("steps", "{:.0f}".format),
             cost("seconds", "{:.0f}".format), cost("peak_bytes", lambda b: f"{b / 1e9:.1f}")]) + " |")
-    dtypes = ", ".join(sorted({row["dtype"].removeprefix("torch.") for row in rows if "dtype" in row}))
-    return "\n".join([f"Accuracy / weighted F1, %. Computed in {dtypes}.", "", *first, "", *second]) + "\n"
+    computed = ", ".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
+    return "\n".join([f"Accuracy / weighted F1, %. Computed in {computed}.", "", *first, "", *second]) + "\n"
 
 
 def grid(head, rows, texts=1):
