@@ -160,13 +160,13 @@ def forget_quality(one, other):
         for j in range(m + 1):
             so_far = (orders[j] if i else j == 0) + (orders[j - 1] if j else 0)
             orders[j] = so_far if abs(i * m - j * n) < farthest else 0
-    return 1 - orders[m] / math.comb(n + m, n)
+    return (math.comb(n + m, n) - orders[m]) / math.comb(n + m, n)  # of whole numbers, as it may be 1e-20
 
 
 def per_token(model, examples, phi=None, batch_size=32):
-    """P(answer)^(1/|answer|) of each example, |.| in tokens."""
+    """log P(answer) / |answer| of each example, |.| in tokens."""
     scores = score(model, answer_hidden(model, examples, phi, batch_size=batch_size), examples, batch_size)
-    return [math.exp(log_p / e.n) for e, (_, log_p, _) in zip(examples, scores)]
+    return [log_p / e.n for e, (_, log_p, _) in zip(examples, scores)]
 
 
 def measure_answers(model, tokenizer, rows, template, max_length, forget, generic=(), phi=None, batch_size=32):
@@ -186,7 +186,8 @@ def measure_answers(model, tokenizer, rows, template, max_length, forget, generi
     true = examples((row, row.label) for row in rows)
     right = per_token(model, examples((row, row.paraphrase) for row in rows), phi, batch_size)
     wrong = iter(per_token(model, examples((row, w) for row in rows for w in row.wrong), phi, batch_size))
-    ratios = [sum(next(wrong) for _ in row.wrong) / len(row.wrong) / max(p, 1e-30) for row, p in zip(rows, right)]
+    ratios = [sum(math.exp(min(next(wrong) - log_p, 700)) for _ in row.wrong) / len(row.wrong)  # short of infinity
+              for row, log_p in zip(rows, right)]
     with torch.no_grad():
         prefix = None if phi is None else model.prefix(phi)
     said, longest = [], max(e.n for e in true)  # in tokens; the same for all, so that no row's answer hangs on others'
@@ -195,7 +196,7 @@ def measure_answers(model, tokenizer, rows, template, max_length, forget, generi
         said += [tokenizer.decode(ids).strip().split("\n")[0] for ids in
                  continuations(model, [e.prompt for e in part], longest, prefix)]
     n = len(rows)
-    found = {"per_token": sum(per_token(model, true, phi, batch_size)) / n,
+    found = {"per_token": sum(map(math.exp, per_token(model, true, phi, batch_size))) / n,
              "rouge_l": sum(rouge_l(text, row.label) for text, row in zip(said, rows)) / n,
              "truth_ratio": sum(min(r, 1 / max(r, 1e-30)) if forget else max(0, 1 - r) for r in ratios) / n}
     if not forget:

@@ -2173,6 +2173,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         rows = study.ROWS[name].items()
         monkeypatch.setitem(study.ROWS, name, {split: {n: few.get(n, 40) for n in parts} for split, parts in rows})
         monkeypatch.setitem(study.MEMORISE, name, 1)
+        monkeypatch.setitem(study.DTYPE, name, "fp32")  # bf16 is slow where it is not in hardware
     monkeypatch.setattr(study, "ThreadPoolExecutor", Here)
     for name, value in dict(CORRUPT={"semantic": (0.5,)}, CUT=(1,), SPUL_EPOCHS=1,
                             TOFU_EPOCHS=1).items():
@@ -2198,21 +2199,36 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         study.main([kind, *args, "--table"])
         assert not json.loads((tmp_path / "assessment.json").read_text())["rows"][0]["lines"]
         study.main([kind, *args])  # an assessment that was stopped goes on
-    file = tmp_path / {"tofu": "tofu/tofu", "ablations": "sst2/ablations"}.get(kind, kind)
+    file = tmp_path / {"ablations": "sst2/ablations"}.get(kind, kind)
     table, rows = file.with_suffix(".md").read_text(), json.loads(file.with_suffix(".json").read_text())["rows"]
     assert "not run yet" not in table and len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) < 3
     assert all(row["commands"] for row in rows) and not list((tmp_path / "work" / kind).glob("*.failed"))
     if kind == "tofu":
-        assert [row["method"] for row in rows][:3] == ["retrained", "memorised", "vanilla"] and len(rows) == 10
+        assert [row["method"] for row in rows][:3] == ["retrained", "memorised", "SPUL"] and len(rows) == 10
         assert table.splitlines()[2].endswith("| 1 |")  # the retrained model's forget quality beside itself
-        assert len(rows[-1]["found"]["with"]["train forget"]["said"]) == 40
+        said = [rows[2]["found"][side]["train forget"]["said"] for side in ("without", "with")]
+        assert [len(all_) for all_ in said] == [40, 40] and said[1] != said[0]
+        assert table.count("**question**") == 4
+        assert f"| SPUL | {' '.join(said[1][10].replace('|', '/').split())} |" in table
     if kind == "ablations":
         share, trained = rows[-2], tmp_path / "work" / kind / "share-25"
         assert share["splits"]["train forget"]["rows"] == 40 and "forget_25.jsonl" in share["commands"][0]
         assert json.loads((trained / "spul.json").read_text())["results"]["with"]["train forget"]["rows"] == 10
         assert len({json.dumps(row["splits"]) for row in rows}) > len(rows) / 2  # each took its own options
     if kind == "requests":
-        assert table.splitlines()[4].startswith("| genetics + chemistry |")
+        assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+            "| no prompt", "| genetics", "| chemistry", "| both", "| genetics, chemistry", "| chemistry, genetics"]
+        asked = [row["text"] for row in map(json.loads, open(tmp_path / "work" / kind / "chemistry.jsonl"))]
+        assert asked and all(re.search(study.CHEMISTRY, text.split("\n")[0]) for text in asked)
+        assert not any(re.search(study.CHEMISTRY, line) for line in open(tmp_path / "work" / kind / "rest.jsonl"))
+        stacked = rows[3]["commands"][0]
+        assert stacked.index("runs/sciq/spul-0") < stacked.index("runs/requests/chemistry")
+    if kind == "robust":
+        first, *_, last = ([float(cell) for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:])
+        lines = rows[-1]["found"]["found"]
+        for side, cells in (("before", first), ("with", last)):
+            words = [v for line, v in lines[side]["robustness"].items() if line.endswith("forget")][:6]
+            assert cells[3:5] == pytest.approx([100 * sum(words) / 6, 100 * max(words)], abs=0.06)
 
 
 def test_a_model_is_cut_to_its_first_layers(folder, tmp_path):
@@ -2847,14 +2863,15 @@ def test_the_readmes_limits_are_what_the_assessment_measured():
             "bring back {} % of others": own["relearning"][relearned],
             "GA+GD's model, {} %": ga_gd["with"]["relearning"][relearned],
             "never saw them gives {} %": never["relearning"][relearned],
-            "vectors do nearly as much ({} %)": own["attack"]["other forget rows"],
-            "rounded to 4 bits a part ({} %)": own["quantised"]["4 bit, forget"],
+            "on 100 of them, do nearly as much ({} %)": own["attack"]["other forget rows"],
+            "rounded to 4 bits more than half ({} %)": own["quantised"]["4 bit, forget"],
             "In another template {} % of the retain": own["robustness"]["another template, retain"],
             "of {} % without the prompt": spul_["before"]["robustness"]["another template, retain"],
             "in front of them {} % of the forget": own["robustness"]["a row of the other side in front, forget"],
     }.items():
         assert words.format(f"{100 * value:.1f}") in limits, words
     assert f"AUC of {own['membership']['outside, AUC against retain']:.2f}" in limits
+    assert f"it does not tell ({own['membership']['outside, AUC']:.2f})" in limits
 
 
 def test_the_readme_names_only_options_that_exist():

@@ -5,8 +5,8 @@
     python results/study.py ablations --base smollm2    the paper's ablations: results/sst2/ablations
     python results/study.py assessment --base smollm2   what sst2's prompt and GA+GD really do: results/assessment
     python results/study.py robust --base smollm2       prompts trained on changed queries: results/robust
-    python results/study.py tofu --base smollm2         answers of several words: results/tofu/tofu
-    python results/study.py requests --base smollm2     two prompts for one model: results/requests
+    python results/study.py tofu --base smollm2         answers of several words: results/tofu
+    python results/study.py requests --base smollm2     two requests, one model: results/requests
     python results/study.py sizes --base smollm2        smaller models: results/sizes
 
 Every run is a few commands as a user would type them. What they measured, and the commands, go into runs/ beside the
@@ -111,9 +111,12 @@ class Plan:
                  for split, parts in ROWS[study].items()}
         if study == "ablations":  # every fourth row, every second
             lines |= {f"forget_{n}": lines["forget"][:: 100 // n] for n in (25, 50)}
-        if study == "requests":  # the second request: chemistry, until then to be retained; retained by both: the rest
-            lines["other"] = [line for line in lines["retain"] if re.search(CHEMISTRY, json.loads(line)["text"])]
-            lines["rest"] = [line for line in lines["retain"] if line not in lines["other"]]
+        if study == "requests":  # the second: questions with words of chemistry; where only choices have some: neither
+            parts = {line: json.loads(line)["text"].split("\n", 1) for line in lines["retain"]}
+            found = {line: [bool(re.search(CHEMISTRY, part)) for part in parts[line]] for line in parts}
+            lines["chemistry"] = [line for line in parts if found[line][0]]
+            lines["rest"] = [line for line in parts if not any(found[line])]
+            lines["both"] = lines["forget"] + lines["chemistry"]
         for split, rows in lines.items():
             if not (file := self.file(split)).exists() or file.read_bytes() != b"".join(rows):
                 write_whole(file, lambda temporary: temporary.write_bytes(b"".join(rows)))
@@ -161,11 +164,6 @@ class Plan:
     def seeded(self, seed, method="SPUL"):
         """The main table's prompts."""
         return self.spul(method, f"spul-{seed}", "--seed", seed)
-
-    def plain(self, method):
-        """The ablations' first prompt, of which other studies ask more."""
-        ablations = Plan("ablations", self.base, self.work.parent, self.out)
-        return ablations.spul(method, "plain")
 
     def memorised(self):
         return self.source.model("memorised", "memorised", "finetune.py", "--model", self.base, "--data",
@@ -224,19 +222,15 @@ class Plan:
                         [*ask, "--prompt", made, "--json", self.json("GA+GD")])]
 
     def robust(self):
-        """Each prompt is measured by train.py, and asked with changed queries, which writes the run's JSON. The plain
-        one is the ablations' first."""
+        """Each prompt is measured by train.py, and asked with changed queries, which writes the run's JSON."""
         yield [self.memorised()]
-        yield [plain := self.plain("plain")]
-        runs = [self.run("plain", "plain", prompt=plain.results)]
-        for kind, s in ((kind, s) for kind, strengths in CORRUPT.items() for s in strengths):
-            run = self.spul(f"{kind} {s:g}", f"{kind}-{s:g}", "--corrupt", kind, "--corrupt-strength", s)
-            run.prompt = run.results.with_suffix(".more.json")
-            runs.append(run)
+        runs = [self.spul("plain", "plain")]
+        runs += [self.spul(f"{kind} {s:g}", f"{kind}-{s:g}", "--corrupt", kind, "--corrupt-strength", s)
+                 for kind, strengths in CORRUPT.items() for s in strengths]
         for run in runs:
-            kept = (run if run.learned else plain).results.with_suffix("")
-            run.commands.append(["assess.py", "--model", self.known, "--prompt", kept, *self.data(*SPLITS), *self.dtype,
-                                 "--only", "robustness", "--json", run.results])
+            run.prompt = run.results.with_suffix(".more.json")
+            run.commands.append(["assess.py", "--model", self.known, "--prompt", run.results.with_suffix(""),
+                                 *self.data(*SPLITS), *self.dtype, "--only", "robustness", "--json", run.results])
         yield runs
 
     def tofu(self):
@@ -246,32 +240,36 @@ class Plan:
         unknown = ["--generic", Path(os.path.relpath(HERE)) / "tofu/unknown.txt"]
         yield [self.retrained()]  # first: all others are measured with it
         yield [self.memorised()]
-        yield [self.run("vanilla", "vanilla", self.measure("vanilla", self.base)),
+        yield [self.run("SPUL", "spul", ["train.py", *data, *self.dtype, *BATCH, *unknown, "--epochs", TOFU_EPOCHS,
+                                         "--model", self.known, "--resume", "--out", out],
+                        self.measure("spul", self.known, "--prompt", self.runs / "spul"), learned=out),
                *(self.try_of(method, lr, "--epochs", 5, line=f"{method}, lr {lr:g}")
                  for method in ("GA+GD", "NPO") for lr in (3e-5, 1e-4, 3e-4)),
-               self.run("SPUL", "spul", ["train.py", *data, *self.dtype, *BATCH, *unknown, "--epochs", TOFU_EPOCHS,
-                                         "--model", self.known, "--resume", "--out", out],
-                        self.measure("spul", self.known, "--prompt", self.runs / "spul"), learned=out)]
+               self.run("vanilla", "vanilla", self.measure("vanilla", self.base))]
 
     def requests(self):
-        """Two prompts, each trained without the other's rows, alone and one behind the other, asked of both topics."""
+        """The comparison's first prompt, for genetics, that was to retain chemistry; a later one for chemistry;
+        one behind the other; and one that learns both requests at once. All are asked of both topics."""
         yield [self.memorised()]
-        made = {name: self.runs / name for name in ("genetics", "chemistry")}
-        yield [self.run(name, name, ["train.py", "--model", self.known, "--forget", self.file(rows), "--retain",
-                                     self.file("rest"), *self.template, *self.dtype, *BATCH, "--epochs", SPUL_EPOCHS,
-                                     "--resume", "--out", self.work / name], *self.both(name, made[name]),
-                        learned=self.work / name)
-               for name, rows in (("genetics", "forget"), ("chemistry", "other"))]
-        yield [self.run(" + ".join(names), "-".join(names), *self.both("-".join(names), *(made[n] for n in names)))
-               for names in (("genetics", "chemistry"), ("chemistry", "genetics"))]
+        yield [first := self.source.seeded(SEEDS[0])]
+        genetics, chemistry = first.results.with_suffix(""), self.runs / "chemistry"
+        yield [self.request("genetics", genetics),
+               *(self.request(name, self.runs / name, learned=self.work / name) for name in ("chemistry", "both"))]
+        yield [self.request("genetics, chemistry", genetics, chemistry),
+               self.request("chemistry, genetics", chemistry, genetics)]
 
-    def both(self, name, *prompts):
-        """Two measurements: of genetics and what both retain, and of chemistry, which writes the run's JSON."""
-        ask = ["eval.py", "--model", self.known, *self.template, *self.dtype,
-               *(a for prompt in prompts for a in ("--prompt", prompt))]
-        return [[*ask, "--forget", self.file("forget"), "--retain", self.file("rest"), "--json",
-                 self.json(f"{name}.more")],
-                [*ask, "--forget", self.file("other"), "--json", self.json(name)]]
+    def request(self, method, *prompts, learned=None):
+        """Two measurements: of genetics and what both retain, and of chemistry, which writes the run's JSON. Before
+        them a prompt is trained, if one is to be learned."""
+        name, common = method.replace(", ", "-"), ["--model", self.known, *self.template, *self.dtype]
+        rest = ["--retain", self.file("rest")]
+        learn = ["train.py", *common, "--forget", self.file(name), *rest, *BATCH, "--epochs", SPUL_EPOCHS, "--resume",
+                 "--out", learned]
+        ask = ["eval.py", *common, *(part for prompt in prompts for part in ("--prompt", prompt)), "--forget"]
+        return self.run(method, name, *[learn] * bool(learned),
+                        [*ask, self.file("forget"), *rest, "--test-forget", self.file("test_forget"), "--test-retain",
+                         self.file("test_retain"), "--json", self.json(f"{name}.more")],
+                        [*ask, self.file("chemistry"), "--json", self.json(name)], learned=learned)
 
     def sizes(self):
         """The main table's SPUL row, and the same for the model cut to its first layers, which memorise anew."""
@@ -299,7 +297,7 @@ class Plan:
         for run in shares:  # measured on all of them, as in the paper
             run.prompt = None
             run.commands.append(self.measure(run.name, self.known, "--prompt", self.runs / run.name))
-        yield [self.plain("alpha 1, beta 0.5, p 30"),
+        yield [self.spul("alpha 1, beta 0.5, p 30", "plain"),
                *(self.spul(name, name.replace(",", "").replace(" ", "-"), *options) for name, options in runs.items()),
                *shares]
 
@@ -354,6 +352,7 @@ def perform(run, threads):
                 done = subprocess.run([sys.executable, HERE.parent / command[0], *map(str, command[1:])], stdout=log,
                                       stderr=subprocess.PIPE, text=True,
                                       env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
+                log.write(done.stderr[-4000:] if done.returncode else "")
             if done.returncode:
                 why = done.stderr.strip().splitlines()[-1:] or ["no message"]
                 print(f"{run.name}: {why[0]}", flush=True)
@@ -382,9 +381,8 @@ def main(argv=None):
     plan = Plan(args.study, args.base, args.work, args.out)
     groups = list(plan.main() if args.study in ("sst2", "sciq") else getattr(plan, args.study)())
     runs = [run for group in groups for run in group]
-    table = Path(args.out) / {"sst2": "sst2/main", "sciq": "sciq/main", "ablations": "sst2/ablations",
-                              "tofu": "tofu/tofu"}.get(args.study, args.study)
-
+    table = Path(args.out) / {"sst2": "sst2/main", "sciq": "sciq/main", "ablations": "sst2/ablations"}.get(
+        args.study, args.study)
     table.parent.mkdir(parents=True, exist_ok=True)
 
     def write():

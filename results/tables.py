@@ -1,5 +1,6 @@
 """The tables of study.py: from a study's runs and what they measured to rows, for JSON, and to markdown."""
 
+import json
 import math
 import shlex
 import sys
@@ -120,7 +121,8 @@ def grid(head, rows, texts=1):
 
 
 def others(study, runs):
-    """-> rows and table of a study that is not the paper's: what each run found, and its columns."""
+    """-> rows and table of a study that is not the paper's: what each run found, and its columns, and first the model
+    without a prompt, where all have the same."""
     rows, cells = [], []
     for run in runs:
         file = run.results
@@ -131,44 +133,63 @@ def others(study, runs):
             continue
         more = read_json(run.prompt or file.with_suffix(".more.json")) if study in MORE else None
         row |= {"found": found} | ({"more": more} if more else {})
-        cells.append([run.method, *TABLES[study][1](found, more)])
+        if more and not any("no prompt" in line for line in cells):
+            cells.insert(0, ["no prompt", *TABLES[study][1](found, more, "without")])
+        cells.append([run.method, *TABLES[study][1](found, more, "with" if found.get("with", True) else "without")])
     return rows, grid(TABLES[study][0], cells)
 
 
-def robust_cells(found, more):
-    sides = {side: [value for line, value in found["found"]["with"]["robustness"].items() if line.endswith(side)]
-             for side in ("forget", "retain")}
-    plain = [more["with"][split]["accuracy"] for split in ("train forget", "train retain", "test retain")]
-    mean = [sum(values) / len(values) for values in sides.values()]
-    return [f"{100 * v:.1f}" for v in (*plain, mean[0], max(sides["forget"]), mean[1], min(sides["retain"]))]
+def robust_cells(found, more, side):
+    """Three kinds of changes: of the words around and in the text, of the template, and a row of the other side."""
+    lines = found["found"]["before" if side == "without" else side]["robustness"]
+    values = [more[side][split]["accuracy"] for split in ("train forget", "train retain", "test retain")]
+    for kind in ("words", "template", "other side"):
+        for of, worst in (("forget", max), ("retain", min)):
+            own = [value for line, value in lines.items() if line.endswith(f", {of}") and
+                   kind == next((name for name in ("template", "other side") if name in line), "words")]
+            values += [sum(own) / len(own), *([worst(own)] if kind == "words" else [])]
+    return [f"{100 * v:.1f}" for v in values]
 
 
-def tofu_cells(found, more):
-    side = found["with"] or found["without"]
-    for split in side.values():
-        if split is not side["train forget"]:
-            split.pop("said", None), split.pop("ratios", None)
-    forget, retain = side["train forget"], side["train retain"]
-    quality = found["forget_quality"] or {}
-    values = [*(forget.get(m) for m in ("per_token", "rouge_l", "truth_ratio", "generic")),
-              *(retain.get(m) for m in ("per_token", "rouge_l", "truth_ratio", "generic", "utility"))]
-    p = quality.get("with", quality.get("without", math.nan))
+def tofu_cells(found, more, side):
+    for own in filter(None, (found["without"], found["with"])):
+        for name, split in own.items():
+            split.pop("ratios", None), name != "train forget" and split.pop("said", None)
+    forget, retain, again, others = (found[side][split] for split in (
+        "train forget", "train retain", "test forget", "test retain"))
+    four = ("per_token", "rouge_l", "truth_ratio", "generic")
+    values = [*map(forget.get, four), again["rouge_l"], *map(retain.get, (*four, "utility")), others["rouge_l"]]
+    p = (found["forget_quality"] or {}).get(side, math.nan)
     return [*("" if v is None else f"{100 * v:.1f}" for v in values), f"{p:.2g}"]
 
 
-def request_cells(found, more):
-    return [f"{100 * r['with'][split]['accuracy']:.1f}" for r, split in
-            ((more, "train forget"), (found, "train forget"), (more, "train retain"))]
+def request_cells(found, more, side):
+    return [f"{100 * r[side][split]['accuracy']:.1f}" for r, split in (
+        (more, "train forget"), (found, "train forget"), (more, "train retain"), (more, "test forget"),
+        (more, "test retain"))]
 
 
-MORE = ("robust", "requests")
+MORE = ("robust", "requests")  # whose runs have a second file, and are all prompts for one model
 TABLES = {
-    "robust": (["prompt", "train forget", "train retain", "test retain", "changed queries: forget, mean", "worst",
-                "retain, mean", "worst"], robust_cells),
-    "tofu": (["method", "forget: P(a)^(1/n)", "ROUGE-L", "truth ratio", "generic", "retain: P(a)^(1/n)", "ROUGE-L",
-              "truth ratio", "generic", "utility", "forget quality, p"], tofu_cells),
-    "requests": (["prompts", "genetics", "chemistry", "the rest"], request_cells),
+    "robust": (["prompt", "train forget", "train retain", "test retain", "changed words: forget", "worst", "retain",
+                "worst", "other templates: forget", "retain", "a row of the other side beside it: forget", "retain"],
+               robust_cells),
+    "tofu": (["method", "forget: P(a)^(1/n)", "ROUGE-L", "truth ratio", "generic", "rephrased: ROUGE-L",
+              "retain: P(a)^(1/n)", "ROUGE-L", "truth ratio", "generic", "utility", "rephrased: ROUGE-L",
+              "forget quality, p"], tofu_cells),
+    "requests": (["prompts, in their order", "genetics", "chemistry", "the rest", "unseen genetics", "unseen others"],
+                 request_cells),
 }
+
+
+def answers(rows, questions):
+    """What the models say to every tenth of the questions to forget, as eval.py --tofu kept it."""
+    told = {row["method"]: (row["found"]["with"] or row["found"]["without"])["train forget"]["said"]
+            for row in rows if "found" in row}
+    lines = [[who, said] for i in range(0, len(questions), 10) for who, said in (
+        ("**question**", questions[i]["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")),
+        ("true answer", questions[i]["completion"].strip()), *((who, said[i]) for who, said in told.items()))]
+    return grid(["who", "says"], [[who, " ".join(said.replace("|", "/").split())] for who, said in lines], texts=2)
 
 
 def assessments(runs):
@@ -190,7 +211,9 @@ def assessments(runs):
 def table(study, runs):
     """-> a study's rows and its text."""
     if study in TABLES:
-        return others(study, runs)
+        rows, text = others(study, runs)
+        questions = map(json.loads, open(Path(__file__).parent / "tofu/forget.jsonl", encoding="utf-8"))
+        return rows, text + (f"\n{answers(rows, list(questions))}" if study == "tofu" else "")
     if study == "assessment":
         return assessments(runs)
     rows = collect(runs)
