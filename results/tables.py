@@ -152,9 +152,11 @@ def robust_cells(found, more, side):
 
 
 def tofu_cells(found, more, side):
-    for own in filter(None, (found["without"], found["with"])):
+    for own in filter(None, (found["without"], found["with"])):  # what is long stays in runs/, but for `answers`
         for name, split in own.items():
-            split.pop("ratios", None), name != "train forget" and split.pop("said", None)
+            split.pop("ratios", None)
+            if name != "train forget":
+                split.pop("said", None)
     forget, retain, again, others = (found[side][split] for split in (
         "train forget", "train retain", "test forget", "test retain"))
     four = ("per_token", "rouge_l", "truth_ratio", "generic")
@@ -182,8 +184,9 @@ TABLES = {
 }
 
 
-def answers(rows, questions):
+def answers(rows):
     """What the models say to every tenth of the questions to forget, as eval.py --tofu kept it."""
+    questions = [json.loads(line) for line in open(Path(__file__).parent / "tofu/forget.jsonl", encoding="utf-8")]
     told = {row["method"]: (row["found"]["with"] or row["found"]["without"])["train forget"]["said"]
             for row in rows if "found" in row}
     lines = [[who, said] for i in range(0, len(questions), 10) for who, said in (
@@ -212,8 +215,7 @@ def table(study, runs):
     """-> a study's rows and its text."""
     if study in TABLES:
         rows, text = others(study, runs)
-        questions = map(json.loads, open(Path(__file__).parent / "tofu/forget.jsonl", encoding="utf-8"))
-        return rows, text + (f"\n{answers(rows, list(questions))}" if study == "tofu" else "")
+        return rows, text + (f"\n{answers(rows)}" if study == "tofu" else "")
     if study == "assessment":
         return assessments(runs)
     rows = collect(runs)
