@@ -50,7 +50,6 @@ ROWS |= {"assessment": ROWS["sst2"], "robust": ROWS["ablations"], "sizes": ROWS[
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}  # whose memorised model they take
 TEMPLATE = {study: "question" if study in ("sciq", "requests") else "sentiment" for study in ROWS}
 DTYPE = {study: "fp32" if study in ("sst2", "assessment") else "bf16" for study in ROWS}
-FP32 = ("alpha-0.1-beta-1", "alpha-0.5-beta-0.5", "share-25", "share-50")  # fp32: of machines that have no fast bf16
 # The model to unlearn from. Its LoRA is small enough to be kept, in results/runs, and has the usual size of steps.
 MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10}.get(study, 4) for study in ROWS}  # epochs
 LORA = ("--rank", 4, "--lora-alpha", 32, "--batch-size", 16)
@@ -131,11 +130,8 @@ class Plan:
         return [*(part for split in splits for part in (f"--{split.replace('_', '-')}", self.file(split))),
                 *self.template]
 
-    def precision(self, name):
-        return ("--dtype", "fp32") if name in FP32 else self.dtype
-
     def measure(self, name, model, *prompt):
-        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.precision(name), *self.tofu_options,
+        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.dtype, *self.tofu_options,
                 "--json", self.json(name)]
 
     def run(self, method, name, *commands, **more):
@@ -157,7 +153,7 @@ class Plan:
         """A prompt for the memorised model, or another, which train.py measures."""
         out = self.work / name
         return self.run(method, name, [
-            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *self.precision(name), *BATCH, *options,
+            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *self.dtype, *BATCH, *options,
             "--epochs", SPUL_EPOCHS, "--model", model or self.known, "--resume", "--out", out],
             learned=out, prompt=self.json(name))
 
