@@ -2142,7 +2142,7 @@ def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch
     assert call(evaluate, "--model", known, "--prompt", runs / "spul-1", "--ask", "a film") == 0
 
 
-@pytest.mark.parametrize("kind", ["ablations", "tofu", "requests", "robust", "sizes", "assessment"])
+@pytest.mark.parametrize("kind", ["ablations", "full", "tofu", "requests", "robust", "sizes", "assessment"])
 def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_path, monkeypatch):
     """With a random model and few rows; every command in this process, as it would run in its own."""
     monkeypatch.syspath_prepend(ROOT / "results")
@@ -2175,8 +2175,8 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         monkeypatch.setitem(study.MEMORISE, name, 1)
         monkeypatch.setitem(study.DTYPE, name, "fp32")  # bf16 is slow where it is not in hardware
     monkeypatch.setattr(study, "ThreadPoolExecutor", Here)
-    for name, value in dict(CORRUPT={"semantic": (0.5,)}, CUT=(1,), SPUL_EPOCHS=1,
-                            TOFU_EPOCHS=1).items():
+    for name, value in dict(CORRUPT={"semantic": (0.5,)}, LAYERS=(1,), SPUL_EPOCHS=1, TOFU_EPOCHS=1, SEEDS=(0,),
+                            BASELINES={"GA+GD": ("ga-gd", "full"), "NPO": ("npo", "full")}).items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study.subprocess, "run", in_this_process)
     args = ["--base", str(folder), "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
@@ -2199,7 +2199,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         study.main([kind, *args, "--table"])
         assert not json.loads((tmp_path / "assessment.json").read_text())["rows"][0]["lines"]
         study.main([kind, *args])  # an assessment that was stopped goes on
-    file = tmp_path / {"ablations": "sst2/ablations"}.get(kind, kind)
+    file = tmp_path / {"ablations": "sst2/ablations", "full": "sst2/full"}.get(kind, kind)
     table, rows = file.with_suffix(".md").read_text(), json.loads(file.with_suffix(".json").read_text())["rows"]
     assert "not run yet" not in table and len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) < 3
     assert all(row["commands"] for row in rows) and not list((tmp_path / "work" / kind).glob("*.failed"))
@@ -2231,14 +2231,20 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
             assert cells[3:5] == pytest.approx([100 * sum(words) / 6, 100 * max(words)], abs=0.06)
 
 
-def test_a_model_is_cut_to_its_first_layers(folder, tmp_path):
+def test_a_model_is_cut_to_its_first_layers_or_has_each_several_times(folder, tmp_path):
     made = command("results/cut.py", "--model", folder, "--layers", 2, "--out", tmp_path / "two")
     assert made.returncode == 0, made.stderr
     whole, two, tokens = Llama.from_pretrained(folder), Llama.from_pretrained(tmp_path / "two"), tokens_of(2, 9)
     whole.layers = whole.layers[:2]
     whole.config = dataclasses.replace(whole.config, num_hidden_layers=2)
     torch.testing.assert_close(two(tokens), whole(tokens))
-    for args, pattern in [((3, "three"), "the model has 3"), ((1, "two"), "is there already")]:
+    made = command("results/cut.py", "--model", folder, "--layers", 6, "--out", tmp_path / "six")
+    assert made.returncode == 0, made.stderr
+    whole, six = Llama.from_pretrained(folder), Llama.from_pretrained(tmp_path / "six")
+    whole.layers = torch.nn.ModuleList(whole.layers[i // 2] for i in range(6))
+    whole.config = dataclasses.replace(whole.config, num_hidden_layers=6)
+    torch.testing.assert_close(six(tokens), whole(tokens))
+    for args, pattern in [((3, "three"), "the model has 3"), ((4, "four"), "take fewer or a multiple"), ((1, "two"), "is there already")]:
         failed = command("results/cut.py", "--model", folder, "--layers", args[0], "--out", tmp_path / args[1])
         assert failed.returncode == 2 and re.search(pattern, failed.stderr)
 

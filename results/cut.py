@@ -1,14 +1,18 @@
-"""Keep only a model's first layers: a smaller model of the same family, to be trained before it is of any use.
+"""A model with fewer or more layers: its first ones alone, or each of them several times in a row, after SOLAR (Kim et
+al., arXiv 2312.15166), which repeats layers to grow a model. Either has to be trained before it is of any use.
 
     python results/cut.py --model smollm2 --layers 10 --out smollm2-10
 """
 
+import copy
 import dataclasses
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch.nn as nn  # noqa: E402
 
 from cli import Parser, filled, number, run  # noqa: E402
 from model import Llama  # noqa: E402
@@ -21,12 +25,14 @@ def main(argv=None):
     parser.add_argument("--out", type=filled, required=True, metavar="DIR")
     args = parser.parse_args(argv)
     model = Llama.from_pretrained(args.model, dtype=None)
-    if args.layers >= len(model.layers):
-        raise ValueError(f"--layers {args.layers}: the model has {len(model.layers)}")
+    n = len(model.layers)
+    if args.layers == n or args.layers > n and args.layers % n:
+        raise ValueError(f"--layers {args.layers}: the model has {n}: take fewer or a multiple")
     out = Path(args.out)
     if (out / "config.json").exists():
         raise ValueError(f"--out {args.out}: is there already")
-    model.layers = model.layers[: args.layers]
+    times = max(args.layers // n, 1)
+    model.layers = nn.ModuleList(copy.deepcopy(layer) for layer in model.layers[: args.layers] for _ in range(times))
     model.config = dataclasses.replace(model.config, num_hidden_layers=args.layers)
     out.mkdir(parents=True, exist_ok=True)
     for file in Path(args.model).glob("tokenizer*"):

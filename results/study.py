@@ -2,12 +2,13 @@
 
     python results/study.py sst2 --base smollm2         the paper's comparison: results/sst2/main
     python results/study.py sciq --base smollm2         the same on SciQ: results/sciq/main
+    python results/study.py full --base smollm2         the same on all of the paper's SST-2, on a GPU: results/sst2/full
     python results/study.py ablations --base smollm2    the paper's ablations: results/sst2/ablations
     python results/study.py assessment --base smollm2   what sst2's prompt and GA+GD really do: results/assessment
     python results/study.py robust --base smollm2       prompts trained on changed queries: results/robust
     python results/study.py tofu --base smollm2         answers of several words: results/tofu
     python results/study.py requests --base smollm2     two requests, one model: results/requests
-    python results/study.py sizes --base smollm2        smaller models: results/sizes
+    python results/study.py sizes --base smollm2        smaller and larger models: results/sizes
 
 Every run is a few commands as a user would type them. What they measured, and the commands, go into runs/ beside the
 tables, with the small folders of prompts and of memorised models' adapters; models go into the folder --work. What is
@@ -43,6 +44,8 @@ SPLITS = ("forget", "retain", "test_forget", "test_retain")
 ROWS = {"sst2": {"forget": {"sst2/forget": None, "sst2/forget_more": None},
                  "retain": {"sst2/retain": None, "sst2/retain_more": 700},
                  "test_forget": {"sst2/test_forget": None}, "test_retain": {"sst2/test_retain": None}},
+        "full": {"forget": {"sst2/full_forget": None}, "retain": {"sst2/full_retain": None},
+                 "test_forget": {"sst2/test_forget": None}, "test_retain": {"sst2/test_retain": None}},
         "sciq": {split: {f"sciq/{split}": None} for split in SPLITS},
         "ablations": {split: {f"sst2/{split}": None} for split in SPLITS},
         "tofu": {split: {f"tofu/{split}": None} for split in SPLITS}}
@@ -51,19 +54,22 @@ SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "s
 TEMPLATE = {study: "question" if study in ("sciq", "requests") else "sentiment" for study in ROWS}
 DTYPE = {study: "fp32" if study in ("sst2", "assessment") else "bf16" for study in ROWS}
 # The model to unlearn from. Its LoRA is small enough to be kept, in results/runs, and has the usual size of steps.
-MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10}.get(study, 4) for study in ROWS}  # epochs
-LORA = ("--rank", 4, "--lora-alpha", 32, "--batch-size", 16)
-BATCH = ("--batch-size", 8)  # of all that unlearns: half as many rows a step, so twice as many steps
-# Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart. SciQ's best are lower.
+MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10, "full": 5}.get(study, 4) for study in ROWS}  # epochs
+RANK = {study: 8 if study == "full" else 4 for study in ROWS}
+# Rows a step, in memorising and in unlearning: few rows make few steps, so these take half of what is usual.
+BATCH = {study: (64, 64) if study == "full" else (16, 8) for study in ROWS}
+# Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart; lower where steps are
+# many or the best are low.
 TRIES = {"sst2": {"full": (1e-4, 3e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3)},
-         "sciq": {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}}
+         "sciq": {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)},
+         "full": {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}}
 BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "full"), "GA+GD": ("ga-gd", "full"),
              "NPO": ("npo", "full"), "LoRA+GA": ("llmu", "lora"), "SKU": ("sku", "lora")}
 SEEDS = (0, 1, 2)  # of SPUL, which takes train.py's defaults but for the batches
 SPUL_EPOCHS = 10
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
-CUT = (10, 20)  # of SmolLM2-135M's 30 layers
+LAYERS = (10, 20, 60)  # beside SmolLM2-135M's 30
 CHEMISTRY = (r"(?i)\b(atoms?|atomic|electrons?|ions?|ionic|chemical\w*|bonds?|molecul\w*|acids?|bases?|reaction\w*|"
              r"elements?|compounds?|protons?|neutrons?)\b")
 
@@ -101,7 +107,9 @@ class Plan:
         self.base, self.work = base, Path(work) / study
         self.template, self.dtype = ("--template", TEMPLATE[study]), ("--dtype", DTYPE[study])
         self.runs, self.base_sha256 = Path(self.out) / "runs" / study, fingerprint(base)
-        self.learn = (*LORA, "--epochs", MEMORISE[study])
+        self.learn = ("--rank", RANK[study], "--lora-alpha", 32, "--batch-size", BATCH[study][0], "--epochs",
+                      MEMORISE[study])
+        self.batch = ("--batch-size", BATCH[study][1])
         self.source = Plan(SOURCE[study], base, work, out) if study in SOURCE else self
         self.known = self.source.work / "memorised"
         for folder in (self.work, self.runs):
@@ -131,7 +139,8 @@ class Plan:
                 *self.template]
 
     def measure(self, name, model, *prompt):
-        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.dtype, *self.tofu_options,
+        many = ("--batch-size", 256) if self.work.name == "full" else ()
+        return ["eval.py", "--model", model, *prompt, *self.data(*SPLITS), *self.dtype, *many, *self.tofu_options,
                 "--json", self.json(name)]
 
     def run(self, method, name, *commands, **more):
@@ -153,7 +162,7 @@ class Plan:
         """A prompt for the memorised model, or another, which train.py measures."""
         out = self.work / name
         return self.run(method, name, [
-            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *self.dtype, *BATCH, *options,
+            "train.py", "--forget", self.file(forget), *self.data(*SPLITS[1:]), *self.dtype, *self.batch, *options,
             "--epochs", SPUL_EPOCHS, "--model", model or self.known, "--resume", "--out", out],
             learned=out, prompt=self.json(name))
 
@@ -174,7 +183,7 @@ class Plan:
         """One of the TRIES -> its name and its command, but for where to."""
         command, train = BASELINES[method]
         return f"{command}-{lr:g}", ["baselines.py", command, "--model", self.known, *self.data("forget", "retain"),
-                                     *self.dtype, *BATCH, "--train", train, "--lr", f"{lr:g}", *options,
+                                     *self.dtype, *self.batch, "--train", train, "--lr", f"{lr:g}", *options,
                                      *(["--randoms", 1] if train == "lora" else [])]
 
     def try_of(self, method, lr, *options, line=None):
@@ -236,7 +245,7 @@ class Plan:
         unknown = ["--generic", Path(os.path.relpath(HERE)) / "tofu/unknown.txt"]
         yield [self.retrained()]  # first: all others are measured with it
         yield [self.memorised()]
-        yield [self.run("SPUL", "spul", ["train.py", *data, *self.dtype, *BATCH, *unknown, "--epochs", TOFU_EPOCHS,
+        yield [self.run("SPUL", "spul", ["train.py", *data, *self.dtype, *self.batch, *unknown, "--epochs", TOFU_EPOCHS,
                                          "--model", self.known, "--resume", "--out", out],
                         self.measure("spul", self.known, "--prompt", self.runs / "spul"), learned=out),
                *(self.try_of(method, lr, "--epochs", 5, line=f"{method}, lr {lr:g}")
@@ -259,7 +268,7 @@ class Plan:
         them a prompt is trained, if one is to be learned."""
         name, common = method.replace(", ", "-"), ["--model", self.known, *self.template, *self.dtype]
         rest = ["--retain", self.file("rest")]
-        learn = ["train.py", *common, "--forget", self.file(name), *rest, *BATCH, "--epochs", SPUL_EPOCHS, "--resume",
+        learn = ["train.py", *common, "--forget", self.file(name), *rest, *self.batch, "--epochs", SPUL_EPOCHS, "--resume",
                  "--out", learned]
         ask = ["eval.py", *common, *(part for prompt in prompts for part in ("--prompt", prompt)), "--forget"]
         return self.run(method, name, *[learn] * bool(learned),
@@ -268,11 +277,11 @@ class Plan:
                         [*ask, self.file("chemistry"), "--json", self.json(name)], learned=learned)
 
     def sizes(self):
-        """The main table's SPUL row, and the same for the model cut to its first layers, which memorise anew."""
+        """The main table's SPUL row, and the same for the model with fewer or more layers, which memorise anew."""
         main = Plan("sst2", self.base, self.work.parent, self.out)
         models = [dataclasses.replace(self.memorised(), method="30 layers, memorised")]
         prompts = [main.seeded(0, "30 layers, SPUL")]
-        for layers in CUT:
+        for layers in LAYERS:
             base, model = (self.work / f"{what}-{layers}" for what in ("base", "memorised"))
             models.append(self.run(f"{layers} layers, memorised", model.name, [
                 "results/cut.py", "--model", self.base, "--layers", layers, "--out", base], [
@@ -375,9 +384,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     weight_files(args.base)
     plan = Plan(args.study, args.base, args.work, args.out)
-    groups = list(plan.main() if args.study in ("sst2", "sciq") else getattr(plan, args.study)())
+    groups = list(plan.main() if args.study in TRIES else getattr(plan, args.study)())
     runs = [run for group in groups for run in group]
-    table = Path(args.out) / {"sst2": "sst2/main", "sciq": "sciq/main", "ablations": "sst2/ablations"}.get(
+    table = Path(args.out) / {"sst2": "sst2/main", "full": "sst2/full", "sciq": "sciq/main", "ablations": "sst2/ablations"}.get(
         args.study, args.study)
     table.parent.mkdir(parents=True, exist_ok=True)
 
