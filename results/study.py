@@ -57,7 +57,7 @@ DTYPE = {study: "fp32" if study in ("sst2", "assessment") else "bf16" for study 
 MEMORISE = {study: {"sciq": 8, "tofu": 20, "sizes": 10, "full": 5}.get(study, 4) for study in ROWS}  # epochs
 RANK = {study: 8 if study == "full" else 4 for study in ROWS}
 # Rows a step, in memorising and in unlearning: few rows make few steps, so these take half of what is usual.
-BATCH = {study: (64, 64) if study == "full" else (16, 8) for study in ROWS}
+BATCH = {study: (128, 128) if study == "full" else (16, 8) for study in ROWS}
 # Of each baseline three tries: one epoch, as in the paper, at rates half a power of ten apart; lower where steps are
 # many or the best are low.
 TRIES = {"sst2": {"full": (1e-4, 3e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3)},
