@@ -22,6 +22,9 @@ import sys
 import time
 from pathlib import Path
 
+GPU = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}  # for those that take one
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what is exact here is so on a CPU
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -2175,7 +2178,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         monkeypatch.setitem(study.MEMORISE, name, 1)
         monkeypatch.setitem(study.DTYPE, name, "fp32")  # bf16 is slow where it is not in hardware
     monkeypatch.setattr(study, "ThreadPoolExecutor", Here)
-    for name, value in dict(CORRUPT={"semantic": (0.5,)}, LAYERS=(1,), SPUL_EPOCHS=1, TOFU_EPOCHS=1,
+    for name, value in dict(CORRUPT={"semantic": (0.5,)}, LAYERS=(1,), SPUL_EPOCHS=1, TOFU_EPOCHS=3,
                             SEEDS={"full": (0,)}, BASELINES={"NPO": ("npo", "full")}).items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study.subprocess, "run", in_this_process)
@@ -2204,7 +2207,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
     assert "not run yet" not in table and len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) < 3
     assert all(row["commands"] for row in rows) and not list((tmp_path / "work" / kind).glob("*.failed"))
     if kind == "tofu":
-        assert [row["method"] for row in rows][:3] == ["retrained", "memorised", "SPUL"] and len(rows) == 10
+        assert [row["method"] for row in rows][:3] == ["retrained", "memorised", "SPUL"] and len(rows) == 11
         assert table.splitlines()[2].endswith("| 1 |")  # the retrained model's forget quality beside itself
         said = [rows[2]["found"][side]["train forget"]["said"] for side in ("without", "with")]
         assert [len(all_) for all_ in said] == [40, 40] and said[1] != said[0]
@@ -2248,6 +2251,44 @@ def test_a_model_is_cut_to_its_first_layers_or_has_each_several_times(folder, tm
                           ((1, "two"), "is there already")]:
         failed = command("results/cut.py", "--model", folder, "--layers", args[0], "--out", tmp_path / args[1])
         assert failed.returncode == 2 and re.search(pattern, failed.stderr)
+
+
+# A step's losses, gradient and greedy answers on the device and in the dtype that it is told, as JSON.
+STEP = """
+import json, sys, torch
+from random import Random
+from data import Tokenizer, collate, common_front, make_examples, read_rows, read_template
+from eval import answer_hidden
+from model import Llama
+from spul import SoftPrompt
+from train import losses
+
+model = Llama.from_pretrained("demo/model", getattr(torch, sys.argv[2]), torch.device(sys.argv[1]))
+rest = Tokenizer("demo/model"), read_template("question"), 256
+rows = [read_rows(f"demo/{name}.jsonl")[:16] for name in ("forget", "retain")]
+forget = make_examples(rows[0], *rest, True, ["unknown"], Random(0))[0]
+retain = make_examples(rows[1], *rest)[0]
+torch.manual_seed(0)
+prompt = SoftPrompt(10, model.config.hidden_size, 16, model.embed_tokens.weight.cpu()).to(model.device)
+batch = collate(forget + retain, model.device, common_front(forget + retain))
+terms = losses(model, prompt, batch, torch.cat(answer_hidden(model, retain)))
+terms["loss"].backward()
+texts = collate(retain, model.device)
+lengths = torch.tensor([len(e.ids) - e.n for e in retain], device=model.device)
+print(json.dumps({"losses": [term.item() for term in terms.values()],
+                  "gradient": torch.cat([p.grad.flatten() for p in prompt.parameters()]).tolist(),
+                  "said": [list(map(int, ids)) for ids in model.generate(texts.tokens, lengths, None, 4)]}))
+"""
+
+
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
+def test_a_gpu_computes_what_a_cpu_does():
+    run = lambda *where: json.loads(python("-c", STEP, *where, env=GPU, check=True).stdout)
+    cpu, gpu, half = run("cpu", "float32"), run("cuda", "float32"), run("cuda", "bfloat16")
+    assert gpu["losses"] == pytest.approx(cpu["losses"], rel=1e-3) and gpu["said"] == cpu["said"]
+    one, other = (torch.tensor(found["gradient"]) for found in (cpu, gpu))
+    assert (one - other).norm() < 1e-4 * one.norm()
+    assert half["losses"][0] == pytest.approx(cpu["losses"][0], rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------- the demo and README
@@ -2858,6 +2899,30 @@ def test_the_readmes_comparison_is_what_the_study_measured():
         for cell, (study, split) in zip(cells, wanted, strict=True):
             found = [splits[split]["accuracy"] for splits in measured[names.get(method, method)][study]]
             assert cell == f"{100 * sum(found) / len(found):.1f}", (method, study, split)
+
+
+def test_the_readmes_words_on_all_of_sst2_and_on_a_gpu_are_what_was_measured():
+    text, results = " ".join((ROOT / "README.md").read_text().split()), ROOT / "results"
+    mean = {}
+    for row in json.loads((results / "sst2" / "full.json").read_text())["rows"]:
+        if row["chosen"]:
+            mean.setdefault(row["method"], []).append(row["splits"])
+    for method, found in mean.items():
+        mean[method] = {split: f"{100 * sum(s[split]['accuracy'] for s in found) / len(found):.1f}" for split in found[0]}
+    spul_, known = mean["SPUL"], mean["memorised"]
+    for words in ("comes to {train forget} and {train retain} % (two seeds)".format(**spul_),
+                  f"{spul_['test retain']} of {known['test retain']} %",
+                  *(f"{method} ({{train forget}} and {{train retain}})".format(**mean[method])
+                    for method in ("NPO", "GA+GD", "GA+KL"))):
+        assert words.replace(")", "") in text, words
+    large, small = (json.loads((results / f"{name}.bench.json").read_text())["training"] for name in ("7b", "135m"))
+    ours, tuned, theirs = (large[name] for name in ("spul, p = 30", "transformers + peft, p = 30",
+                                                    "   with checkpointing (the paper's)"))
+    speed = lambda one, other: f"{one['examples/s'] / other['examples/s']:.2f}"
+    for words in (f"{ours['examples/s']:.0f} examples/s, {100 * ours['of peak']:.0f} % of the peak",
+                  f"{speed(ours, tuned)} times transformers + peft and {speed(ours, theirs)} times that",
+                  f"({speed(small['spul, p = 30'], small['transformers + peft, p = 30'])} times)"):
+        assert words in text, words
 
 
 def test_the_readmes_limits_are_what_the_assessment_measured():

@@ -240,13 +240,18 @@ class Plan:
     def tofu(self):
         """Every run has its own line: what is best depends on how much forgetting is worth."""
         self.tofu_options = ["--tofu", "--retrained", self.work / "retrained"]
-        data, out = self.data("forget", "retain"), self.work / "spul"
-        unknown = ["--generic", Path(os.path.relpath(HERE)) / "tofu/unknown.txt"]
+        data, unknown = self.data("forget", "retain"), Path(os.path.relpath(HERE)) / "tofu/unknown.txt"
+
+        def spul(method, name, *options):
+            out = self.work / name
+            return self.run(method, name, ["train.py", *data, *self.dtype, *self.batch, "--generic", unknown, *options,
+                                           "--model", self.known, "--resume", "--out", out],
+                            self.measure(name, self.known, "--prompt", self.runs / name), learned=out)
+
         yield [self.retrained()]  # first: all others are measured with it
         yield [self.memorised()]
-        yield [self.run("SPUL", "spul", ["train.py", *data, *self.dtype, *self.batch, *unknown, "--epochs", TOFU_EPOCHS,
-                                         "--model", self.known, "--resume", "--out", out],
-                        self.measure("spul", self.known, "--prompt", self.runs / "spul"), learned=out),
+        yield [spul("SPUL", "spul", "--epochs", TOFU_EPOCHS),
+               spul("SPUL, 4 forget rows a batch", "spul-4", "--forget-per-batch", 4, "--epochs", TOFU_EPOCHS // 3),
                *(self.try_of(method, lr, "--epochs", 5, line=f"{method}, lr {lr:g}")
                  for method in ("GA+GD", "NPO") for lr in (3e-5, 1e-4, 3e-4)),
                self.run("vanilla", "vanilla", self.measure("vanilla", self.base))]
