@@ -1,5 +1,5 @@
-"""A model with fewer or more layers: its first ones alone, or each of them several times in a row, after SOLAR (Kim et
-al., arXiv 2312.15166), which repeats layers to grow a model. Either has to be trained before it is of any use.
+"""A model with fewer or more layers: its first ones alone, or each of them several times in a row, a simpler way than
+that of SOLAR (Kim et al., arXiv 2312.15166), which stacks overlapping copies. It has to be trained to be of use.
 
     python results/cut.py --model smollm2 --layers 10 --out smollm2-10
 """
