@@ -67,7 +67,7 @@ BASELINES = {"GA": ("ga", "full"), "RL": ("rl", "full"), "GA+KL": ("ga-kl", "ful
 SEEDS = {study: (0, 1) if study == "full" else (0, 1, 2) for study in TRIES}  # of SPUL
 SPUL_EPOCHS = 10
 TOFU_EPOCHS = 30
-CORRUPT = {"noise": (0.1, 0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
+CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
 LAYERS = (10, 20, 60)  # beside SmolLM2-135M's 30
 CHEMISTRY = (r"(?i)\b(atoms?|atomic|electrons?|ions?|ionic|chemical\w*|bonds?|molecul\w*|acids?|bases?|reaction\w*|"
              r"elements?|compounds?|protons?|neutrons?)\b")
