@@ -2221,7 +2221,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         assert json.loads((trained / "spul.json").read_text())["results"]["with"]["train forget"]["rows"] == 10
         assert len({json.dumps(row["splits"]) for row in rows}) > len(rows) / 2  # each took its own options
     if kind == "requests":
-        assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
             "| no prompt", "| genetics", "| chemistry", "| both", "| genetics, chemistry", "| chemistry, genetics"]
         asked = [row["text"] for row in map(json.loads, open(tmp_path / "work" / kind / "chemistry.jsonl"))]
         assert asked and all(re.search(study.CHEMISTRY, text.split("\n")[0]) for text in asked)
@@ -2229,7 +2229,7 @@ def test_a_study_beyond_the_papers_runs_and_writes_its_table(kind, folder, tmp_p
         stacked = rows[3]["commands"][0]
         assert stacked.index("runs/sciq/spul-0") < stacked.index("runs/requests/chemistry")
     if kind == "robust":
-        first, *_, last = ([float(cell) for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:])
+        first, *_, last = ([float(cell) for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:-2])
         lines = rows[-1]["found"]["found"]
         for side, cells in (("before", first), ("with", last)):
             words = [v for line, v in lines[side]["robustness"].items() if line.endswith("forget")][:6]

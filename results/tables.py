@@ -216,8 +216,10 @@ def table(study, runs):
     """-> a study's rows and its text."""
     if study in TABLES:
         rows, text = others(study, runs)
-        return rows, text + (f"\n{answers(rows)}" if study == "tofu" else "")
-    if study == "assessment":
-        return assessments(runs)
-    rows = collect(runs)
-    return rows, markdown(rows, PAPER.get(study, {}))
+    elif study == "assessment":
+        rows, text = assessments(runs)
+    else:
+        rows = collect(runs)
+        text = markdown(rows, PAPER.get(study, {}))
+    text += "\nEach line's commands are in the .json beside this file; what it shows is in README.md of results.\n"
+    return rows, text + (f"\n{answers(rows)}" if study == "tofu" else "")
