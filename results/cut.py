@@ -29,8 +29,8 @@ def main(argv=None):
     if args.layers == n or args.layers > n and args.layers % n:
         raise ValueError(f"--layers {args.layers}: the model has {n}: take fewer or a multiple")
     out = Path(args.out)
-    if (out / "config.json").exists():
-        raise ValueError(f"--out {args.out}: is there already")
+    if out.is_file() or (out / "config.json").exists():  # what was stopped before that is made again
+        raise ValueError(f"--out {args.out}: is there already: choose a new folder")
     times = max(args.layers // n, 1)
     model.layers = nn.ModuleList(copy.deepcopy(layer) for layer in model.layers[: args.layers] for _ in range(times))
     model.config = dataclasses.replace(model.config, num_hidden_layers=args.layers)

@@ -86,7 +86,7 @@ def markdown(rows, paper):
     for method in dict.fromkeys(row["method"] for row in rows):
         here = [row for row in rows if row["method"] == method and row["chosen"]]
         if not here:
-            reasons = {row.get("failed", "not run yet") for row in rows if row["method"] == method}
+            reasons = {row.get("failed", "not run") for row in rows if row["method"] == method}
             first.append(f"| {method} | " + "| " * 4 + f"| {'; '.join(sorted(reasons))} |")
             continue
 
@@ -103,7 +103,7 @@ def markdown(rows, paper):
         tries = [row for row in rows if row["method"] == method]
         done = sum("splits" in row or "failed" in row for row in tries)
         names = ", ".join(row["name"] for row in here)
-        names += f", best of {done}" * (done > len(here)) + f", {len(tries) - done} not run yet" * (done < len(tries))
+        names += f", best of {done}" * (done > len(here)) + f", {len(tries) - done} not run" * (done < len(tries))
         names += f", {here[0]['dtype'].removeprefix('torch.')}" * (len(dtypes) > 1)
         first.append(f"| {method} | " + " | ".join([*cells, theirs, names]) + " |")
         flagged = " / ".join(filter(None, (values(split, "flagged") for split in ("train forget", "train retain"))))
@@ -130,7 +130,7 @@ def others(study, runs):
         rows.append(row := first_of(run))
         found, failed = measured(file), file.with_suffix(".failed")
         if not found:
-            cells.append([run.method, failed.read_text().strip() if failed.exists() else "not run yet"])
+            cells.append([run.method, failed.read_text().strip() if failed.exists() else "not run"])
             continue
         more = read_json(run.prompt or file.with_suffix(".more.json")) if study in MORE else None
         row |= {"found": found} | ({"more": more} if more else {})
