@@ -44,11 +44,10 @@ SPLITS = ("forget", "retain", "test_forget", "test_retain")
 ROWS = {"sst2": {"forget": {"sst2/forget": None, "sst2/forget_more": None},
                  "retain": {"sst2/retain": None, "sst2/retain_more": 700},
                  "test_forget": {"sst2/test_forget": None}, "test_retain": {"sst2/test_retain": None}},
-        "full": {"forget": {"sst2/full_forget": None}, "retain": {"sst2/full_retain": None},
-                 "test_forget": {"sst2/test_forget": None}, "test_retain": {"sst2/test_retain": None}},
         "sciq": {split: {f"sciq/{split}": None} for split in SPLITS},
         "ablations": {split: {f"sst2/{split}": None} for split in SPLITS},
         "tofu": {split: {f"tofu/{split}": None} for split in SPLITS}}
+ROWS["full"] = ROWS["sst2"] | {"forget": {"sst2/full_forget": None}, "retain": {"sst2/full_retain": None}}
 ROWS |= {"assessment": ROWS["sst2"], "robust": ROWS["ablations"], "sizes": ROWS["sst2"], "requests": ROWS["sciq"]}
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}  # whose memorised model they take
 TEMPLATE = {study: "question" if study in ("sciq", "requests") else "sentiment" for study in ROWS}
