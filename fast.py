@@ -1,0 +1,217 @@
+"""The forward pass of model.py, faster: same parameters, outputs and gradients. Skip it at first.
+
+train.py takes it unless --plain is given. Each trick, what it saves, and its gain: a step without
+it takes so much longer (SmolLM2-135M, SST-2 rows, batch 32, bf16, a CPU; results/speed.md).
+
+    FastAttention.attend   products and a softmax where keys are few: PyTorch's fused kernel is slow
+                           there on a CPU, above all in the backward pass                  68 %
+    FastRMSNorm            a shorter backward pass on a CPU: no gradient of the weight      7 %
+    FastLlama.prompted     the prompt's tokens go through the same matrix products as the
+                           text's: weights are read once, a GPU launches half the kernels   3 %
+    FastMLP                silu(gate) is computed again in the backward pass and not kept:
+                           no time, but a fifth less memory for a step of LLaMA-2-7B
+
+A family that needs a new field of Config runs on the plain forward until KNOWN_FIELDS names it.
+Letters as in model.py; n = p + B T tokens computed together.
+"""
+
+import math
+from dataclasses import fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import MLP, Attention, Layer, Llama, rotate
+
+MAX_KEYS = 256  # up to so many, products and a softmax beat PyTorch's fused attention on a CPU
+
+# Of these fields of Config this file knows what to do with every value.
+KNOWN_FIELDS = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings
+    tie_word_embeddings bos_token_id eos_token_id model_type
+    qkv_bias o_bias mlp_bias qk_norm windows
+""".split()
+
+
+def unknown_fields(config):
+    """The fields of a Config that are set and unknown here; [] if this file can run the model."""
+    names = [field.name for field in fields(config) if field.name not in KNOWN_FIELDS]
+    return [name for name in names if getattr(config, name) not in (None, False)]
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+class FrozenNorm(torch.autograd.Function):
+    """RMSNorm whose weight gets no gradient.
+
+    With r = 1 / rms(x) and h = g w, where g = dL/dy:  dL/dx = r (h - x r^2 mean(h x)), in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        d = x.shape[-1]
+        x = x.float()
+        h = g.float().mul_(weight.float())  # (..., d)
+        mean_xx = torch.linalg.vecdot(x, x)[..., None] / d  # (..., 1)
+        mean_hx = torch.linalg.vecdot(h, x)[..., None] / d  # (..., 1)
+        r = torch.rsqrt(mean_xx + ctx.eps)  # (..., 1)
+        dx = h.addcmul_(x, mean_hx * r * r, value=-1).mul_(r)  # (..., d)
+        return dx.to(g.dtype), None, None
+
+
+class FastRMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        if x.device.type == "cpu" and not self.weight.requires_grad:
+            return FrozenNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps only gate and up for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(g * up, gate)
+        d_up = F.silu(gate) * g
+        return d_gate, d_up
+
+
+class FastMLP(MLP):
+    def forward(self, x):
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class FastAttention(Attention):
+    def __init__(self, config):
+        super().__init__(config)
+        if config.qk_norm:
+            self.q_norm = FastRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = FastRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def attend(self, q, k, v, mask):
+        """As in Attention; mask holds 0 where a query sees a key, else -inf."""
+        B, H, T, c = q.shape
+        B, G, S, c = k.shape
+        group = H // G  # query heads that share keys and values
+        if q.device.type == "cpu" and S <= MAX_KEYS:
+            # A group's query heads are stacked along the queries, so k and v need no repeat.
+            q = q.reshape(B, G, group * T, c)
+            scores = q @ k.transpose(2, 3)  # (B, G, group T, S)
+            scores = scores.view(B, H, T, S)
+            scores = torch.add(mask, scores, alpha=c**-0.5)
+            weights = F.softmax(scores, dim=-1)  # (B, H, T, S)
+            weights = weights.view(B, G, group * T, S)
+            return (weights @ v).view(B, H, T, c)
+        # No CUDA kernel of PyTorch takes both a mask and fewer key heads.
+        k = k.repeat_interleave(group, dim=1)  # (B, H, S, c)
+        v = v.repeat_interleave(group, dim=1)  # (B, H, S, c)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def joint(self, x, cos, sin, masks, sizes):
+        """x (n, d), the prompt once, then the rows of text -> (n, d).
+
+        masks: of the prompt (1, 1, p, p), and of the text (1, 1, T, p + T). sizes: p, B and T.
+        """
+        p, B, T = sizes
+        c = self.head_dim
+        q = self.q_proj(x).unflatten(-1, (-1, c))  # (n, H, c)
+        k = self.k_proj(x).unflatten(-1, (-1, c))  # (n, G, c)
+        v = self.v_proj(x).unflatten(-1, (-1, c))  # (n, G, c)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
+        prompt_q, text_q = self.parts(q, sizes)
+        prompt_k, text_k = self.parts(k, sizes)
+        prompt_v, text_v = self.parts(v, sizes)
+        text_k = torch.cat([prompt_k.expand(B, -1, -1, -1), text_k], dim=2)  # (B, G, p + T, c)
+        text_v = torch.cat([prompt_v.expand(B, -1, -1, -1), text_v], dim=2)  # (B, G, p + T, c)
+        prompt_y = self.attend(prompt_q, prompt_k, prompt_v, masks[0])  # (1, H, p, c)
+        text_y = self.attend(text_q, text_k, text_v, masks[1])  # (B, H, T, c)
+        prompt_y = prompt_y.transpose(1, 2).flatten(0, 1)  # (p, H, c)
+        text_y = text_y.transpose(1, 2).flatten(0, 1)  # (B T, H, c)
+        y = torch.cat([prompt_y, text_y])  # (n, H, c)
+        return self.o_proj(y.flatten(1))
+
+    def parts(self, t, sizes):
+        """t (n, heads, c) -> the prompt's (1, heads, p, c), and the text's (B, heads, T, c)."""
+        p, B, T = sizes
+        prompt, text = t.split([p, B * T])
+        prompt = prompt.transpose(0, 1)[None]
+        text = text.unflatten(0, (B, T)).transpose(1, 2)
+        return prompt, text
+
+
+class FastLayer(Layer):
+    def __init__(self, config):
+        super().__init__(config)
+        self.input_layernorm = FastRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = FastAttention(config)
+        self.post_attention_layernorm = FastRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FastMLP(config)
+
+    def forward(self, x, cos, sin, mask, past=None, sizes=None):
+        """As Layer; with sizes as FastAttention.joint, and only the output (n, d)."""
+        if sizes is None:
+            return super().forward(x, cos, sin, mask, past)
+        y = self.self_attn.joint(self.input_layernorm(x), cos, sin, mask, sizes)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+class FastLlama(Llama):
+    def __init__(self, config):
+        super().__init__(config)
+        layers = (FastLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = FastRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def mask(self, positions, key_positions, window):
+        """As in Llama, but added to the scores: 0 where a query may look, else -inf."""
+        is_visible = super().mask(positions, key_positions, window)
+        zeros = torch.zeros(is_visible.shape, dtype=self.dtype, device=self.device)
+        return zeros.masked_fill_(~is_visible, -math.inf)
+
+    def prompted(self, tokens, phi=None, shared_ids=()):
+        """As in Llama, with the prompt's tokens in the same matrix products as the text's."""
+        prompt = self.prompt_embeddings(phi, shared_ids)  # (1 or B, p, d)
+        p = prompt.shape[1]
+        if len(prompt) > 1 or p == 0:
+            return super().prompted(tokens, phi, shared_ids)
+        text = tokens if tokens.is_floating_point() else self.embed(tokens)  # (B, T, d)
+        B, T, d = text.shape
+        x = torch.cat([prompt[0], text.flatten(0, 1)])  # (n, d)
+
+        positions = torch.arange(p + T, device=self.device)[None]  # (1, p + T)
+        of_prompt = positions[:, :p]
+        of_text = positions[:, p:]
+        of_all = torch.cat([of_prompt, of_text.repeat(1, B)], dim=1)  # (1, n)
+        cos, sin = self.rotary(of_all)  # (1, 1, n, c/2) each
+        cos = cos.view(len(x), 1, -1)  # (n, 1, c/2)
+        sin = sin.view(len(x), 1, -1)
+        masks = {}
+        for window in set(self.config.windows):
+            prompt_mask = self.mask(of_prompt, of_prompt, window)  # (1, 1, p, p)
+            text_mask = self.mask(of_text, positions, window)  # (1, 1, T, p + T)
+            masks[window] = (prompt_mask, text_mask)
+
+        for layer, window in zip(self.layers, self.config.windows):
+            x = layer(x, cos, sin, masks[window], sizes=(p, B, T))  # (n, d)
+        return self.norm(x[p:]).view(B, T, d)

@@ -1,0 +1,156 @@
+"""Files: JSON read with care, files that appear whole or not at all, and a model folder's identity.
+
+Errors a user can cause are ValueError or OSError, with the file in the message.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark. Raises ValueError if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 (byte {e.start})") from None
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError, with the place, for anything else."""
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected")
+    return value
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def default_mode():
+    """The permissions of a new file. The umask cannot be read without setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def write_whole(path, write):
+    """Let `write(temporary_path)` make a file, then move it: it appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # one that a kill left is replaced
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, default_mode())  # safetensors' files are readable by their owner only
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:  # safetensors raises its own error on a full disk
+        reason = getattr(e, "strerror", None) or e
+        raise OSError(f"{path}: could not be written: {reason}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} as a safetensors file."""
+    metadata = metadata or {"format": "pt"}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+# ----------------------------------------------------------------------------------- model folders
+
+
+def check_not_inside_file(option, path):
+    """Raises ValueError if no folder can be made at path, as a file or a dead link is there."""
+    path = Path(path)
+    for place in (path, *path.absolute().parents):
+        is_dead_link = place.is_symlink() and not place.exists()
+        if is_dead_link or place.is_file():
+            raise ValueError(f"{option} {path}: {place} is not a folder")
+
+
+def check_json_path(path):
+    """Raises ValueError if --json cannot be written to path."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ValueError(f"--json {path}: it is a folder, or its folder does not exist")
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder. Raises ValueError or OSError if it is not one.
+
+    Pickled weights are refused: reading them can run code.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json: not a Hugging Face model folder")
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in indexed_files(index)]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise ValueError(
+            f"{folder}: only pickled weights, which can run code when read. Convert them with "
+            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+        )
+    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def indexed_files(index):
+    """The names of the files that an index of a model in several files lists."""
+    weight_map = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and len(weight_map) > 0
+    if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: no weight_map from tensor to file")
+    for name in weight_map.values():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{index}: {name!r} points outside the folder")
+    return sorted(set(weight_map.values()))
+
+
+def fingerprint(folder):
+    """A hex digest that tells one model from another.
+
+    It covers config.json, and of every weight file the name, size, header and a piece of each
+    tensor. So it reads a few megabytes of a 13 GB model; models that differ only between the
+    pieces agree.
+    """
+    digest = hashlib.sha256()
+    files = weight_files(folder)
+    digest.update((Path(folder) / "config.json").read_bytes())
+    for file in files:
+        with open(file, "rb") as f:
+            size = f.seek(0, 2)
+            f.seek(0)
+            length = int.from_bytes(f.read(8), "little")
+            header = f.read(min(length, size))
+            digest.update(f"{file.name} {size}".encode() + header)
+            for begin, end in tensor_places(header, file):
+                f.seek(8 + len(header) + (begin + end) // 2)
+                digest.update(f.read(min(4096, (end - begin + 1) // 2)))
+    return digest.hexdigest()
+
+
+def tensor_places(header, file):
+    """Where each tensor begins and ends, in bytes after the header of a safetensors file."""
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        return [tuple(map(int, tensor["data_offsets"])) for tensor in tensors.values()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{file}: not a complete safetensors file (truncated?)") from None

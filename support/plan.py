@@ -1,0 +1,79 @@
+"""What train.py says before it starts: sizes, memory, steps."""
+
+import math
+
+from data import common_prefix
+from support.hardware import step_memory
+from support.processes import gather_full, ranks
+
+
+def print_plan(job, is_demo):
+    """Say what is going to be done. job: a train.Job."""
+    if is_demo:
+        print(
+            "No --model: this is the bundled demo, a tiny model that knows film reviews, science "
+            "and some made-up authors.\nIt is asked to forget the authors."
+        )
+    for name, what in plan_lines(job):
+        print(f"{name:8} {what}", flush=True)
+
+
+def plan_lines(job):
+    args = job.args
+    model = job.model
+    frozen = count(model)
+    family = model.config.model_type
+    yield "model", f"{args.model}: {family}, {frozen:,} parameters, all frozen"
+
+    trainable = count(job.prompt)
+    share = 100 * trainable / frozen
+    encoder = f"encoder of width {args.encoder_hidden}" if args.encoder_hidden else "free vectors"
+    phi = job.prompt().detach()
+    spread = gather_full(model.embed_tokens.weight)[:65536].float().std()
+    yield "prompt", (
+        f"{phi.shape[0]} x {phi.shape[1]}, {encoder}: {trainable:,} trainable ({share:.3g} %); "
+        f"std {phi.std():.2g}, token embeddings {spread:.2g}"
+    )
+
+    lengths = [len(e.ids) for e in job.examples]
+    forget = sum(e.forget for e in job.examples)
+    yield "rows", (
+        f"{forget} to forget, {len(lengths) - forget} to keep; {sum(lengths):,} tokens an epoch, "
+        f"longest {max(lengths)}, {job.cut} texts cut"
+    )
+
+    processes = ranks()[1]
+    where = f"{str(model.dtype)[6:]} on {model.device}"
+    each = ""
+    if processes > 1:
+        where += f", {processes} processes"
+        each = " in each process"
+    weights = sum(t.numel() * t.dtype.itemsize for t in model.parameters()) / 1e9
+    if args.shard:
+        weights /= processes
+    step = longest_step_memory(job) / 1e9
+    yield "memory", (
+        f"about {weights + step:.2g} GB{each}: weights {weights:.2g}, "
+        f"a step on the longest rows {step:.2g}"
+    )
+
+    steps = sum(map(len, job.plan))
+    loss = ", ".join(f"{name} {value}" for name, value in vars(job.objective).items())
+    yield "run", (
+        f"{where}, {steps} steps in {args.epochs} epochs, lr {args.lr:g}, {loss}, "
+        f"seed {args.seed} -> {args.out}"
+    )
+
+
+def count(module):
+    return sum(t.numel() for t in module.parameters())
+
+
+def longest_step_memory(job):
+    """The bytes of a step on the longest rows, in each process."""
+    rows = math.ceil(job.args.batch_size / ranks()[1])
+    shared = len(common_prefix(job.examples))
+    longest = max(len(e.ids) for e in job.examples) - shared
+    p = job.args.num_tokens + shared
+    scored = rows * max(e.n for e in job.examples)
+    return step_memory(job.model, rows, longest, p, scored, job.args.recompute)

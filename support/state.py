@@ -1,0 +1,124 @@
+"""The folder of a training run: what may be in it, and the state of a run that has not finished.
+
+No random states are kept: every draw comes from the seed and the number of its epoch or step.
+"""
+
+import json
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+
+from support.files import check_not_inside_file, write_tensors, write_text
+
+STATE = "state.safetensors"
+LOG = "log.jsonl"
+WRITTEN = "retain.jsonl"  # the retain rows that the model wrote itself
+PROMPT_FILES = ("adapter_model.safetensors", "adapter_config.json", "spul.json")
+RUN_FILES = ("spul.json", *PROMPT_FILES[:2], STATE, LOG, WRITTEN)  # the first marks a whole prompt
+FORMAT = 2  # of the description of a run
+
+
+def check_out(args, may_replace):
+    """Look at the folder --out without touching it -> "new", "resume" or "finished".
+
+    may_replace: a finished prompt there may be replaced without --overwrite. Raises ValueError
+    where a run cannot be kept.
+    """
+    out = Path(args.out)
+    check_not_inside_file("--out", out)
+    for given in (args.forget, args.retain, args.test_forget, args.test_retain):
+        if given and Path(given).resolve() in [(out / name).resolve() for name in RUN_FILES]:
+            raise ValueError(f"--out {out}: the run would overwrite {given}: choose another folder")
+    found = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    found -= {f".{name}.tmp" for name in RUN_FILES}
+    is_finished = "spul.json" in found
+    is_log_only = LOG in found and found <= set(RUN_FILES)
+    is_ours = is_finished or STATE in found or is_log_only
+    if found and not is_ours:
+        raise ValueError(f"--out {out}: the folder holds other files: choose a new one")
+    if not is_ours or args.overwrite or (is_finished and may_replace and not args.resume):
+        return "new"
+    if args.resume:
+        if is_finished:
+            return "finished"
+        return "resume" if STATE in found else "new"
+    if is_finished:
+        remedy = "holds a finished prompt: choose another folder, or --overwrite"
+    else:
+        remedy = "holds a run that has not finished: --resume it, or --overwrite"
+    raise ValueError(f"--out {out}: {remedy}")
+
+
+def clear_run(out):
+    """Make the folder of a new run: without an earlier one's files, with a log that marks it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        (out / name).unlink(missing_ok=True)
+    write_text(out / LOG, "")
+
+
+def save_state(folder, module, optimizer, step, run):
+    """Write what a run needs to go on after `step` steps.
+
+    That is what learns in the module, the optimizer's moments, and `run`, which describes the run.
+    """
+    tensors = {}
+    for name, parameter in learned(module):
+        tensors[name] = parameter.detach().cpu().contiguous()
+        for key, moment in optimizer.state[parameter].items():
+            tensors[f"{name}/{key}"] = moment.detach().cpu().contiguous()
+    metadata = {"step": str(step), "run": json.dumps({"format": FORMAT, **run})}
+    write_tensors(Path(folder) / STATE, tensors, metadata)
+
+
+def read_run(folder):
+    """The step and the description of the run in a state file; ValueError if it is broken."""
+    file = Path(folder) / STATE
+    try:
+        with safetensors.safe_open(file, framework="pt") as f:
+            metadata = f.metadata()
+        step = int(metadata["step"])
+        run = json.loads(metadata["run"])
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(
+            f"{file}: not a complete state file ({e}): start again with --overwrite"
+        ) from None
+    if run.pop("format", 1) != FORMAT:
+        raise ValueError(
+            f"{file}: an unfinished run of another version of spul: finish it with that version, "
+            "or start again with --overwrite"
+        )
+    return step, run
+
+
+def check_same_run(folder, earlier, now):
+    """Raises ValueError, with what changed, if a resumed run is not the one that was started."""
+    changed = [name for name in now if earlier.get(name) != now[name]]
+    if changed:
+        raise ValueError(
+            f"--resume: not the run that was started in {folder}: {', '.join(changed)} changed"
+        )
+
+
+def load_state(folder, module, optimizer):
+    """Put a state file's tensors back into the module and the optimizer."""
+    tensors = load_file(Path(folder) / STATE)
+    moments = {}
+    for key, tensor in tensors.items():
+        name, is_moment, moment = key.rpartition("/")
+        if is_moment:
+            moments.setdefault(name, {})[moment] = tensor
+    with torch.no_grad():
+        for name, parameter in learned(module):
+            parameter.copy_(tensors[name])
+            state = {}
+            for key, tensor in moments.get(name, {}).items():
+                state[key] = tensor if key == "step" else tensor.to(parameter.device)
+            optimizer.state[parameter] = state
+
+
+def learned(module):
+    """The name and parameter of all that learns in a module."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
