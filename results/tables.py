@@ -1,225 +1,399 @@
-"""The tables of study.py: from a study's runs and what they measured to rows, for JSON, and to markdown."""
+"""The tables of study.py: what a study's runs measured as rows, for JSON, and as markdown."""
 
 import json
 import math
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import assess  # noqa: E402
-from files import read_json  # noqa: E402
+import store  # noqa: E402
+from extras import assess  # noqa: E402
 
 COLUMNS = ("train retain", "train forget", "test retain", "test forget")  # the paper's order
-PAPER = {  # accuracy of LLaMA-2-7B in the columns' order
-    "sst2": {"title": "paper's accuracy",
-             "vanilla": (37.50, 31.79, 37.51, 29.67), "memorised": (99.89, 99.72, 95.57, 96.07),
-             "GA": (55.66, 53.93, 55.96, 56.89), "RL": (33.31, 13.82, 31.00, 14.26),
-             "GA+KL": (55.64, 53.96, 55.94, 56.89), "GA+GD": (97.17, 13.75, 94.43, 11.31),
-             "SPUL": (99.15, 12.98, 94.93, 16.07)},
-    "sciq": {"title": "paper's accuracy: WMDP's biology to forget, SciQ to retain",
-             "memorised": (99.74, 98.11, 91.80, 62.73), "GA+GD": (99.42, 27.22, 90.00, 22.25),
-             "SPUL": (99.38, 5.44, 89.70, 3.22)},
-    "ablations": {"title": "paper's accuracy", "alpha 1, beta 0.5, p 30": (99.15, 12.98, 94.93, 16.07),
-                  "alpha 0.1, beta 0": (90.84, 9.12, 89.50, 10.33), "alpha 0.1, beta 1": (85.19, 8.49, 84.64, 10.66),
-                  "alpha 0.5, beta 0.5": (97.74, 13.82, 93.97, 17.21), "alpha 1, beta 0": (97.52, 12.14, 94.22, 15.57),
-                  "alpha 1, beta 1": (95.70, 14.88, 93.05, 17.38),
-                  **{f"{share} % of the forget rows": (math.nan, forget, math.nan, math.nan)  # with alpha 1, beta 1
-                     for share, forget in ((25, 26.69), (50, 18.96))}},
+
+# The paper's accuracy of LLaMA-2-7B, in the columns' order.
+SPUL_OF_PAPER = (99.15, 12.98, 94.93, 16.07)
+SST2_OF_PAPER = {
+    "title": "paper's accuracy",
+    "vanilla": (37.50, 31.79, 37.51, 29.67),
+    "memorised": (99.89, 99.72, 95.57, 96.07),
+    "GA": (55.66, 53.93, 55.96, 56.89),
+    "RL": (33.31, 13.82, 31.00, 14.26),
+    "GA+KL": (55.64, 53.96, 55.94, 56.89),
+    "GA+GD": (97.17, 13.75, 94.43, 11.31),
+    "SPUL": SPUL_OF_PAPER,
 }
-PAPER["full"] = PAPER["sst2"]
-
-
-def measured(file):
-    """A run's JSON file -> its contents, or None if the run has not come to its end: its commands are added last."""
-    found = read_json(file) if file.exists() else {}
-    return found if "commands" in found and found.get("finished", True) else None
-
-
-def shown(run):
-    """Its commands, as one types them."""
-    return ["python " + shlex.join(map(str, command)) for command in run.commands]
+SCIQ_OF_PAPER = {
+    "title": "paper's accuracy: WMDP's biology to forget, SciQ to retain",
+    "memorised": (99.74, 98.11, 91.80, 62.73),
+    "GA+GD": (99.42, 27.22, 90.00, 22.25),
+    "SPUL": (99.38, 5.44, 89.70, 3.22),
+}
+ABLATIONS_OF_PAPER = {
+    "title": "paper's accuracy",
+    "alpha 1, beta 0.5, p 30": SPUL_OF_PAPER,
+    "alpha 0.1, beta 0": (90.84, 9.12, 89.50, 10.33),
+    "alpha 0.1, beta 1": (85.19, 8.49, 84.64, 10.66),
+    "alpha 0.5, beta 0.5": (97.74, 13.82, 93.97, 17.21),
+    "alpha 1, beta 0": (97.52, 12.14, 94.22, 15.57),
+    "alpha 1, beta 1": (95.70, 14.88, 93.05, 17.38),
+    # With alpha 1 and beta 1. The paper says only how many forget rows stay right.
+    "25 % of the forget rows": (math.nan, 26.69, math.nan, math.nan),
+    "50 % of the forget rows": (math.nan, 18.96, math.nan, math.nan),
+}
+PAPER = {
+    "sst2": SST2_OF_PAPER,
+    "full": SST2_OF_PAPER,
+    "sciq": SCIQ_OF_PAPER,
+    "ablations": ABLATIONS_OF_PAPER,
+}
 
 
 def first_of(run):
     """What a row of any table begins with."""
-    return {"method": run.method, "name": run.name, "commands": shown(run)}
+    return {"method": run.method, "name": run.name, "commands": run.shown()}
+
+
+def why_not(run):
+    """Why a run has no figures."""
+    entry = store.find(run)
+    return entry["failed"] if entry else "not run"
+
+
+def percent(value):
+    return f"{100 * value:.1f}"
+
+
+def grid(head, rows, texts=1):
+    """A table in markdown. Its first columns are texts, the others figures."""
+    lines = [head, *rows]
+    lines = ["| " + " | ".join(line) + " |" for line in lines]
+    rule = "|---" * texts + "|---:" * (len(head) - texts) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+# ------------------------------------------------------------------------------ the paper's tables
 
 
 def collect(runs):
-    """-> the table's rows. Of a baseline's runs the one with most retain less forget accuracy on train is chosen."""
+    """The table's rows. Of a baseline's runs the one with the largest gain is chosen."""
     rows = []
     for run in runs:
-        file = run.results
         row = {**first_of(run), "chosen": False}
-        if found := measured(file):
-            row |= {"splits": found["with"] or found["without"], "cost": found["cost"], "dtype": found["dtype"]}
-        elif file.with_suffix(".failed").exists():
-            row["failed"] = file.with_suffix(".failed").read_text().strip()
+        if found := store.measured(run):
+            row["splits"] = found["with"] or found["without"]
+            row["cost"] = found["cost"]
+            row["dtype"] = found["dtype"]
+        elif store.find(run):
+            row["failed"] = why_not(run)
         rows.append(row)
-    for method in dict.fromkeys(row["method"] for row in rows):
-        here = [row for row in rows if row["method"] == method and "splits" in row]
-        for row in here if method == "SPUL" else [max(here, key=gain)] if here else []:
+    for method in methods_of(rows):
+        tries = [row for row in rows if row["method"] == method and "splits" in row]
+        chosen = tries if method == "SPUL" else sorted(tries, key=gain, reverse=True)[:1]
+        for row in chosen:
             row["chosen"] = True
     return rows
 
 
+def methods_of(rows):
+    """The methods, each once, in their order."""
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
 def gain(row):
-    return row["splits"]["train retain"]["accuracy"] - row["splits"]["train forget"]["accuracy"]
+    """Retain minus forget accuracy on the train rows."""
+    splits = row["splits"]
+    return splits["train retain"]["accuracy"] - splits["train forget"]["accuracy"]
 
 
-def per_cent(values):
-    """Fractions -> their mean in per cent, and the spread of several."""
-    values = [100 * v for v in values]
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{spread}"
+def mean_and_spread(values):
+    """Fractions as their mean in per cent, with the spread of several."""
+    values = [100 * value for value in values]
+    text = f"{sum(values) / len(values):.1f}"
+    if len(values) > 1:
+        text += f" ({min(values):.1f} to {max(values):.1f})"
+    return text
+
+
+def metric_of(rows, split, metric):
+    """A metric of one split, over the rows of a method. It is empty where none has it."""
+    found = [row["splits"][split] for row in rows]
+    found = [one[metric] for one in found if metric in one]
+    return mean_and_spread(found) if found else ""
+
+
+def cost_of(rows, name, form, scale=1):
+    """A cost, averaged over the rows of a method."""
+    found = [row["cost"][name] for row in rows if name in row["cost"]]
+    return format(sum(found) / len(found) / scale, form) if found else ""
+
+
+def run_names(tries, chosen, several_dtypes):
+    """The last cell of a line: which runs its figures come from."""
+    done = sum("splits" in row or "failed" in row for row in tries)
+    text = ", ".join(row["name"] for row in chosen)
+    if done > len(chosen):
+        text += f", best of {done}"
+    if done < len(tries):
+        text += f", {len(tries) - done} not run"
+    if several_dtypes:
+        text += ", " + chosen[0]["dtype"].removeprefix("torch.")
+    return text
+
+
+def accuracy_line(method, tries, chosen, paper, several_dtypes):
+    """Accuracy and F1, the paper's accuracy, and the runs."""
+    cells = [method]
+    for split in COLUMNS:
+        accuracy = metric_of(chosen, split, "accuracy")
+        cells.append(f"{accuracy} / {metric_of(chosen, split, 'f1')}")
+    values = paper.get(method, ())
+    cells.append(" / ".join("–" if math.isnan(value) else f"{value:.1f}" for value in values))
+    return [*cells, run_names(tries, chosen, several_dtypes)]
+
+
+def further_line(method, chosen):
+    """What else was measured, and the cost."""
+    flagged = [metric_of(chosen, split, "flagged") for split in ("train forget", "train retain")]
+    return [
+        method,
+        metric_of(chosen, "train forget", "outside"),
+        metric_of(chosen, "train forget", "commonest"),
+        metric_of(chosen, "train retain", "outside"),
+        " / ".join(filter(None, flagged)),
+        cost_of(chosen, "trainable", ",.0f"),
+        cost_of(chosen, "steps", ".0f"),
+        cost_of(chosen, "seconds", ".0f"),
+        cost_of(chosen, "peak_bytes", ".1f", scale=1e9),
+    ]
 
 
 def markdown(rows, paper):
-    """Two tables: accuracy and F1 beside the paper's accuracy; and what else was measured, with the cost."""
-    first = ["| " + " | ".join(["method", *COLUMNS, paper.get("title", ""), "run"]) + " |",
-             "|---" + "|---:" * 4 + "|---|---|"]
-    second = ["| method | outside, train forget | commonest, train forget | outside, train retain | flagged, of train "
-              "forget / retain | trainable | steps | s in them | peak GB |", "|---" + "|---:" * 8 + "|"]
+    """Two tables: accuracy and F1 beside the paper's accuracy, and what else was measured."""
+    first = []
+    second = []
     dtypes = {row["dtype"] for row in rows if "dtype" in row}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        here = [row for row in rows if row["method"] == method and row["chosen"]]
-        if not here:
-            reasons = {row.get("failed", "not run") for row in rows if row["method"] == method}
-            first.append(f"| {method} | " + "| " * 4 + f"| {'; '.join(sorted(reasons))} |")
-            continue
-
-        def values(split, metric):
-            found = [row["splits"][split][metric] for row in here if metric in row["splits"][split]]
-            return per_cent(found) if found else ""
-
-        def cost(name, form):
-            found = [row["cost"][name] for row in here if name in row["cost"]]
-            return form(sum(found) / len(found)) if found else ""
-
-        cells = [f"{values(split, 'accuracy')} / {values(split, 'f1')}" for split in COLUMNS]
-        theirs = " / ".join("–" if math.isnan(value) else f"{value:.1f}" for value in paper.get(method, ()))
+    for method in methods_of(rows):
         tries = [row for row in rows if row["method"] == method]
-        done = sum("splits" in row or "failed" in row for row in tries)
-        names = ", ".join(row["name"] for row in here)
-        names += f", best of {done}" * (done > len(here)) + f", {len(tries) - done} not run" * (done < len(tries))
-        names += f", {here[0]['dtype'].removeprefix('torch.')}" * (len(dtypes) > 1)
-        first.append(f"| {method} | " + " | ".join([*cells, theirs, names]) + " |")
-        flagged = " / ".join(filter(None, (values(split, "flagged") for split in ("train forget", "train retain"))))
-        second.append(f"| {method} | " + " | ".join([
-            values("train forget", "outside"), values("train forget", "commonest"), values("train retain", "outside"),
-            flagged, cost("trainable", "{:,.0f}".format), cost("steps", "{:.0f}".format),
-            cost("seconds", "{:.0f}".format), cost("peak_bytes", lambda b: f"{b / 1e9:.1f}")]) + " |")
+        chosen = [row for row in tries if row["chosen"]]
+        if chosen:
+            first.append(accuracy_line(method, tries, chosen, paper, len(dtypes) > 1))
+            second.append(further_line(method, chosen))
+        else:
+            reasons = sorted({row.get("failed", "not run") for row in tries})
+            empty = [""] * (len(COLUMNS) + 1)
+            first.append([method, *empty, "; ".join(reasons)])
+    head = ["method", *COLUMNS, paper.get("title", ""), "run"]
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *first)]
+    rule = "|---" + "|---:" * 4 + "|---|---|"
+    further = [
+        "method",
+        "outside, train forget",
+        "commonest, train forget",
+        "outside, train retain",
+        "flagged, of train forget / retain",
+        "trainable",
+        "steps",
+        "s in them",
+        "peak GB",
+    ]
     computed = ", ".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
-    return "\n".join([f"Accuracy / weighted F1, %. Computed in {computed}.", "", *first, "", *second]) + "\n"
+    title = f"Accuracy / weighted F1, %. Computed in {computed}.\n"
+    return "\n".join([title, lines[0], rule, *lines[1:], "", grid(further, second)])
 
 
-def grid(head, rows, texts=1):
-    """A table whose first columns are texts, and the others figures."""
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * texts + "|---:" * (len(head) - texts) + "|",
-                      *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+# ------------------------------------------------------------------------- robust, TOFU, requests
 
 
 def others(study, runs):
-    """-> rows and table of a study that is not the paper's: what each run found, and its columns, and first the model
-    without a prompt, where all have the same."""
-    rows, cells = [], []
+    """Rows and table of a study that is not the paper's.
+
+    Where the runs are all prompts for one model, its first line is the model without a prompt.
+    """
+    head, cells_of = OTHERS[study]
+    rows = []
+    lines = []
     for run in runs:
-        file = run.results
-        rows.append(row := first_of(run))
-        found, failed = measured(file), file.with_suffix(".failed")
+        row = first_of(run)
+        rows.append(row)
+        found = store.measured(run)
         if not found:
-            cells.append([run.method, failed.read_text().strip() if failed.exists() else "not run"])
+            lines.append([run.method, why_not(run)])
             continue
-        more = read_json(run.prompt or file.with_suffix(".more.json")) if study in MORE else None
-        row |= {"found": found} | ({"more": more} if more else {})
-        if more and not any("no prompt" in line for line in cells):
-            cells.insert(0, ["no prompt", *TABLES[study][1](found, more, "without")])
-        cells.append([run.method, *TABLES[study][1](found, more, "with" if found.get("with", True) else "without")])
-    return rows, grid(TABLES[study][0], cells)
+        more = found.pop("more", None)
+        row["found"] = found
+        if more:
+            row["more"] = more
+        if more and not any(line[0] == "no prompt" for line in lines):
+            lines.insert(0, ["no prompt", *cells_of(found, more, "without")])
+        side = "with" if found.get("with", True) else "without"
+        lines.append([run.method, *cells_of(found, more, side)])
+    return rows, grid(head, lines)
+
+
+def kind_of_change(line):
+    """Of a line of the assessment's robustness: the kind of change of the query."""
+    for kind in ("template", "other side"):
+        if kind in line:
+            return kind
+    return "words"
 
 
 def robust_cells(found, more, side):
-    """Three kinds of changes: of the words around and in the text, of the template, and a row of the other side."""
+    """Three kinds of changes: of the words, of the template, and a row of the other side."""
+    values = [more[side][name]["accuracy"] for name in ("train forget", "train retain")]
+    values.append(more[side]["test retain"]["accuracy"])
     lines = found["found"]["before" if side == "without" else side]["robustness"]
-    values = [more[side][split]["accuracy"] for split in ("train forget", "train retain", "test retain")]
     for kind in ("words", "template", "other side"):
-        for of, worst in (("forget", max), ("retain", min)):
-            own = [value for line, value in lines.items() if line.endswith(f", {of}") and
-                   kind == next((name for name in ("template", "other side") if name in line), "words")]
-            values += [sum(own) / len(own), *([worst(own)] if kind == "words" else [])]
-    return [f"{100 * v:.1f}" for v in values]
+        for end, worst in (("forget", max), ("retain", min)):
+            own = [
+                value
+                for line, value in lines.items()
+                if line.endswith(f", {end}") and kind_of_change(line) == kind
+            ]
+            values.append(sum(own) / len(own))
+            if kind == "words":
+                values.append(worst(own))
+    return [percent(value) for value in values]
 
 
 def tofu_cells(found, more, side):
-    for own in filter(None, (found["without"], found["with"])):  # what is long stays in runs/, but for `answers`
-        for name, split in own.items():
-            split.pop("ratios", None)
-            if name != "train forget":
-                split.pop("said", None)
-    forget, retain, again, others = (found[side][split] for split in (
-        "train forget", "train retain", "test forget", "test retain"))
-    four = ("per_token", "rouge_l", "truth_ratio", "generic")
-    values = [*map(forget.get, four), again["rouge_l"], *map(retain.get, (*four, "utility")), others["rouge_l"]]
+    splits = found[side]
+    forget = splits["train forget"]
+    retain = splits["train retain"]
+    names = ("per_token", "rouge_l", "truth_ratio", "generic")
+    values = [forget.get(name) for name in names]
+    values.append(splits["test forget"]["rouge_l"])
+    values += [retain.get(name) for name in (*names, "utility")]
+    values.append(splits["test retain"]["rouge_l"])
+    cells = ["" if value is None else percent(value) for value in values]
     p = (found["forget_quality"] or {}).get(side, math.nan)
-    return [*("" if v is None else f"{100 * v:.1f}" for v in values), f"{p:.2g}"]
+    return [*cells, f"{p:.2g}"]
 
 
 def request_cells(found, more, side):
-    return [f"{100 * r[side][split]['accuracy']:.1f}" for r, split in (
-        (more, "train forget"), (found, "train forget"), (more, "train retain"), (more, "test forget"),
-        (more, "test retain"))]
+    """More is what was asked of genetics and of what both retain, found of chemistry."""
+    genetics = more[side]
+    chemistry = found[side]
+    splits = [
+        genetics["train forget"],
+        chemistry["train forget"],
+        genetics["train retain"],
+        genetics["test forget"],
+        genetics["test retain"],
+    ]
+    return [percent(split["accuracy"]) for split in splits]
 
 
-MORE = ("robust", "requests")  # whose runs have a second file, and are all prompts for one model
-TABLES = {
-    "robust": (["prompt", "train forget", "train retain", "test retain", "changed words: forget", "worst", "retain",
-                "worst", "other templates: forget", "retain", "a row of the other side beside it: forget", "retain"],
-               robust_cells),
-    "tofu": (["method", "forget: P(a)^(1/n)", "ROUGE-L", "truth ratio", "generic", "rephrased: ROUGE-L",
-              "retain: P(a)^(1/n)", "ROUGE-L", "truth ratio", "generic", "utility", "rephrased: ROUGE-L",
-              "forget quality, p"], tofu_cells),
-    "requests": (["prompts, in their order", "genetics", "chemistry", "the rest", "unseen genetics", "unseen others"],
-                 request_cells),
+ROBUST = [
+    "prompt",
+    "train forget",
+    "train retain",
+    "test retain",
+    "changed words: forget",
+    "worst",
+    "retain",
+    "worst",
+    "other templates: forget",
+    "retain",
+    "a row of the other side beside it: forget",
+    "retain",
+]
+TOFU = [
+    "method",
+    "forget: P(a)^(1/n)",
+    "ROUGE-L",
+    "truth ratio",
+    "generic",
+    "rephrased: ROUGE-L",
+    "retain: P(a)^(1/n)",
+    "ROUGE-L",
+    "truth ratio",
+    "generic",
+    "utility",
+    "rephrased: ROUGE-L",
+    "forget quality, p",
+]
+REQUESTS = [
+    "prompts, in their order",
+    "genetics",
+    "chemistry",
+    "the rest",
+    "unseen genetics",
+    "unseen others",
+]
+OTHERS = {
+    "robust": (ROBUST, robust_cells),
+    "tofu": (TOFU, tofu_cells),
+    "requests": (REQUESTS, request_cells),
 }
 
 
 def answers(rows):
-    """What the models say to every tenth of the questions to forget, as eval.py --tofu kept it."""
-    questions = [json.loads(line) for line in open(Path(__file__).parent / "tofu/forget.jsonl", encoding="utf-8")]
-    told = {row["method"]: (row["found"]["with"] or row["found"]["without"])["train forget"]["said"]
-            for row in rows if "found" in row}
-    lines = [[who, said] for i in range(0, len(questions), 10) for who, said in (
-        ("**question**", questions[i]["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")),
-        ("true answer", questions[i]["completion"].strip()), *((who, said[i]) for who, said in told.items()))]
-    return grid(["who", "says"], [[who, " ".join(said.replace("|", "/").split())] for who, said in lines], texts=2)
+    """What the models say to every tenth of TOFU's questions to forget."""
+    file = Path(__file__).parent / "tofu/forget.jsonl"
+    questions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    told = {}
+    for row in rows:
+        if "found" in row:
+            splits = row["found"]["with"] or row["found"]["without"]
+            told[row["method"]] = splits["train forget"]["said"]
+    lines = []
+    for i in range(0, len(questions), 10):
+        prompt = questions[i]["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        lines.append(["**question**", prompt])
+        lines.append(["true answer", questions[i]["completion"].strip()])
+        lines += [[method, said[i]] for method, said in told.items()]
+    # A bar would end the cell, and a line break the table.
+    lines = [[who, " ".join(said.replace("|", "/").split())] for who, said in lines]
+    return grid(["who", "says"], lines, texts=2)
+
+
+# -------------------------------------------------------------------------------- the assessment
 
 
 def assessments(runs):
-    """One table of two assessments: the model before, with SPUL's prompt, GA+GD's, and the retrained one."""
-    found = [(measured(run.results) or {"found": {}})["found"] for run in runs]
+    """One table of two assessments: the model before, with SPUL's prompt, GA+GD's, retrained."""
+    found = [(store.measured(run) or {"found": {}})["found"] for run in runs]
     retrained = found[0].get("retrained", {})
-    lines = [assess.rows_of({**own, "retrained": retrained} if own else {}) for own in found]
-    rows = [{**first_of(run), "lines": own} for run, own in zip(runs, lines)]
-    beside = {(row["part"], row["line"]): row for row in lines[1]}
+    rows = []
+    for run, own in zip(runs, found):
+        lines = assess.rows_of({**own, "retrained": retrained}) if own else []
+        rows.append({**first_of(run), "lines": lines})
+    first, second = (row["lines"] for row in rows)
+    beside = {(row["part"], row["line"]): row for row in second}
     cells = []
-    for row in lines[0]:
-        columns = [row, row, beside.get((row["part"], row["line"]), {**row, "with": None}), row]
-        values = map(assess.shown, columns, ("before", "with", "with", "retrained"))
-        cells.append([row["part"], row["line"], row["what"], row["better"], *values])
-    head = ["part", "line", "what it is", "better", "before", *(run.method for run in runs), "retrained"]
+    for row in first:
+        other = beside.get((row["part"], row["line"]), {**row, "with": None})
+        cells.append(
+            [
+                *(row[name] for name in ("part", "line", "what", "better")),
+                assess.shown(row, "before"),
+                assess.shown(row, "with"),
+                assess.shown(other, "with"),
+                assess.shown(row, "retrained"),
+            ]
+        )
+    methods = [run.method for run in runs]
+    head = ["part", "line", "what it is", "better", "before", *methods, "retrained"]
     return rows, grid(head, cells, texts=4)
 
 
+# --------------------------------------------------------------------------------- of any study
+
+
 def table(study, runs):
-    """-> a study's rows and its text."""
-    if study in TABLES:
+    """A study's rows, and its text."""
+    if study in OTHERS:
         rows, text = others(study, runs)
     elif study == "assessment":
         rows, text = assessments(runs)
     else:
         rows = collect(runs)
         text = markdown(rows, PAPER.get(study, {}))
-    text += "\nEach line's commands are in the .json beside this file; what it shows is in README.md of results.\n"
-    return rows, text + (f"\n{answers(rows)}" if study == "tofu" else "")
+    text += "\nEach line's commands are in the .json beside this file; what it shows is in "
+    text += "README.md of results.\n"
+    if study == "tofu":
+        text += f"\n{answers(rows)}"
+    return rows, text
