@@ -1,0 +1,489 @@
+"""The studies, and that the README states what they measured."""
+
+import concurrent.futures
+import dataclasses
+import importlib
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluate
+import train
+from extras import assess, baselines, finetune, guards, robust, tofu
+from model import Llama
+from tests.helpers import ROOT, call, command, lines_of, python, tokens_of
+from tests.test_finetune import write_lora
+
+
+def test_a_study_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypatch, capsys):
+    study = script_of_results("study", monkeypatch)
+    few = {split: {f"sst2/{split}": 12} for split in study.plans.SPLITS}
+    monkeypatch.setitem(study.plans.ROWS, "sst2", few)
+    monkeypatch.setitem(study.plans.TRIES, "sst2", {"full": (1e-3, 1e9), "lora": (1e-3,)})
+    methods = {"GA+GD": ("ga-gd", "full"), "SKU": ("sku", "lora")}
+    monkeypatch.setattr(study.plans, "BASELINES", methods)
+    monkeypatch.setitem(study.plans.SEEDS, "sst2", (0, 1))
+    work = tmp_path / "work"
+    args = ["sst2", "--base", str(folder), "--work", str(work), "--out", str(tmp_path)]
+    study.main([*args, "--jobs", "2"])
+    table = (tmp_path / "sst2" / "main.md").read_text()
+    rows = json.loads((tmp_path / "sst2" / "main.json").read_text())["rows"]
+    rows = {row["name"]: row for row in rows}
+    assert set(rows) == set(
+        "vanilla memorised retrained spul-0 spul-1 ga-gd-0.001 ga-gd-1e+09 sku-0.001 "
+        "eco eco-0 icul".split()
+    )
+    diverged = rows.pop("ga-gd-1e+09")
+    assert "not finite" in diverged["failed"] and not diverged["chosen"]
+    assert all("splits" in row and row["chosen"] for row in rows.values())
+    assert table.count("| GA+GD |") == 2 and "97.2 / 13.8 / 94.4 / 11.3" in table
+    retain = rows["spul-0"]["splits"]["train retain"]
+    assert f"{100 * retain['accuracy']:.1f}" in table and "spul-0, spul-1" in table
+    assert rows["icul"]["cost"]["trainable"] == 0
+    known = work / "sst2" / "memorised"
+    runs = tmp_path / "runs" / "sst2"
+    assert not (work / "sst2" / "ga-gd-0.001" / "model.safetensors").exists()
+    kept = {file.name for file in runs.iterdir()}
+    assert kept == {"memorised", "retrained", "spul-0", "spul-1"}
+    weights = (known / "model.safetensors").read_bytes()
+
+    # Another machine has what is in results: what is measured is not run again.
+    shutil.rmtree(work)
+    commands = []
+    really = subprocess.run
+
+    def note(command, **options):
+        commands.append(command)
+        return really(command, **options)
+
+    monkeypatch.setattr(study.subprocess, "run", note)
+    study.main(args)
+    assert commands == []
+    # What is missing is, with the memorised models made from their adapters.
+    measured = tmp_path / "runs" / "sst2.json"
+    entries = json.loads(measured.read_text())
+    del entries["ga-gd-0.001"]
+    measured.write_text(json.dumps(entries))
+    study.main(args)
+    assert [command[2] for command in commands] == [
+        "extras.finetune",
+        "extras.finetune",
+        "extras.baselines",
+        "--model",  # eval.py's
+    ]
+    assert "--adapter" in commands[0] and "--adapter" in commands[1]
+    assert (known / "model.safetensors").read_bytes() == weights
+    assert call(evaluate, "--model", known, "--prompt", runs / "spul-1", "--ask", "a film") == 0
+
+    # Figures are not shown with commands that they do not come from.
+    table = (tmp_path / "sst2" / "main.md").read_text()
+    monkeypatch.setattr(study.plans, "SPUL_EPOCHS", 1)
+    for more in ([], ["--table"]):
+        with pytest.raises(ValueError, match=r"sst2.json: spul-\d: measured with other commands"):
+            study.main([*args, *more])
+    assert (tmp_path / "sst2" / "main.md").read_text() == table
+
+
+class Here:
+    """In place of a pool of threads, where Ctrl-C cannot be caught: runs each call at once."""
+
+    def __init__(self, _):
+        pass
+
+    def shutdown(self, **_):
+        pass
+
+    def submit(self, function, *args):
+        (future := concurrent.futures.Future()).set_result(function(*args))
+        return future
+
+
+def script_of_results(name, monkeypatch):
+    """A script of results/ as a module, imported anew with those it imports."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    for module in ("plans", "store", "tables", "study", "rows", "cut"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def small_study(folder, tmp_path, monkeypatch):
+    """-> prepare(kind): study.py and its arguments, for a random model and few rows.
+
+    Every command runs in this process, as it would run in its own.
+    """
+    study = script_of_results("study", monkeypatch)
+    cut = importlib.import_module("cut")
+    modules = {"train.py": train, "eval.py": evaluate, "results/cut.py": cut}
+    for module in (assess, baselines, finetune, guards, robust, tofu):
+        modules[module.__name__] = module
+
+    def in_this_process(command, **_):
+        _, first, *options = command
+        if first == "-m":
+            name, *options = options
+        else:
+            name = first.relative_to(ROOT).as_posix()
+        status = call(modules[name], *options)
+        return subprocess.CompletedProcess(command, status, stderr="see above")
+
+    plans = study.plans
+    # These files are not in a clone: results/rows.py draws them.
+    drawn = {
+        "sst2/full_forget": "sst2/forget",
+        "sst2/full_retain": "sst2/retain",
+        "tofu/retain": "tofu/test_forget",
+        "tofu/test_retain": "tofu/test_forget",
+    }
+    few = {"sst2/forget_more": 0, "sst2/retain_more": 0, "tofu/retain": 24}
+
+    def prepare(kind):
+        for name in {kind, plans.SOURCE.get(kind, "sst2"), "ablations"}:
+            rows = {}
+            for split, parts in plans.ROWS[name].items():
+                rows[split] = {drawn.get(part, part): few.get(part, 40) for part in parts}
+            monkeypatch.setitem(plans.ROWS, name, rows)
+            monkeypatch.setitem(plans.MEMORISE, name, 1)
+            monkeypatch.setitem(plans.DTYPE, name, "fp32")  # bf16 is slow without hardware for it
+        monkeypatch.setattr(study, "ThreadPoolExecutor", Here)
+        monkeypatch.setattr(plans, "CORRUPT", {"semantic": (0.5,)})
+        monkeypatch.setattr(plans, "LAYERS", (1,))
+        monkeypatch.setattr(plans, "SPUL_EPOCHS", 1)
+        monkeypatch.setattr(plans, "TOFU_EPOCHS", 3)
+        monkeypatch.setattr(plans, "SEEDS", {"full": (0,)})
+        monkeypatch.setattr(study.subprocess, "run", in_this_process)
+        work = tmp_path / "work"
+        return study, [kind, "--base", str(folder), "--work", str(work), "--out", str(tmp_path)]
+
+    return prepare
+
+
+def table_and_rows(kind, file):
+    """What a whole study wrote: no run is missing or failed, and every line has the same cells."""
+    table = file.with_suffix(".md").read_text()
+    rows = json.loads(file.with_suffix(".json").read_text())["rows"]
+    assert "not run" not in table
+    assert len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) < 3
+    assert all(row["commands"] for row in rows)
+    assert all("failed" not in row for row in rows)
+    return table, rows
+
+
+def test_the_ablations_run_each_with_its_own_options(small_study, tmp_path):
+    study, args = small_study("ablations")
+    study.main(args)
+    _, rows = table_and_rows("ablations", tmp_path / "sst2" / "ablations")
+    share = rows[-2]
+    info = json.loads((tmp_path / "work" / "ablations" / "share-25" / "spul.json").read_text())
+    assert share["splits"]["train forget"]["rows"] == 40
+    assert "forget_25.jsonl" in share["commands"][0]
+    assert info["results"]["with"]["train forget"]["rows"] == 10
+    assert len({json.dumps(row["splits"]) for row in rows}) > len(rows) / 2
+
+
+def test_the_study_of_all_of_sst2_runs_and_writes_its_table(small_study, tmp_path, monkeypatch):
+    study, args = small_study("full")
+    monkeypatch.setattr(study.plans, "BASELINES", {"NPO": ("npo", "full")})
+    study.main(args)
+    table_and_rows("full", tmp_path / "sst2" / "full")
+
+
+def test_the_study_of_tofu_shows_its_measures_and_answers(small_study, tmp_path):
+    study, args = small_study("tofu")
+    study.main(args)
+    table, rows = table_and_rows("tofu", tmp_path / "tofu")
+    assert [row["method"] for row in rows][:3] == ["retrained", "memorised", "SPUL"]
+    assert len(rows) == 11
+    # the retrained model's forget quality beside itself
+    assert table.splitlines()[2].endswith("| 1 |")
+    said = [rows[2]["found"][side]["train forget"]["said"] for side in ("without", "with")]
+    assert [len(all_) for all_ in said] == [40, 40]
+    assert said[1] != said[0]
+    assert table.count("**question**") == 4
+    assert f"| SPUL | {' '.join(said[1][10].replace('|', '/').split())} |" in table
+
+
+def test_the_study_of_two_requests_keeps_their_rows_apart(small_study, tmp_path):
+    study, args = small_study("requests")
+    study.main(args)
+    table, rows = table_and_rows("requests", tmp_path / "requests")
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
+        "| no prompt",
+        "| genetics",
+        "| chemistry",
+        "| both",
+        "| genetics, chemistry",
+        "| chemistry, genetics",
+    ]
+    work = tmp_path / "work" / "requests"
+    asked = [row["text"] for row in lines_of(work / "chemistry.jsonl")]
+    assert asked
+    assert all(re.search(study.plans.CHEMISTRY, text.split("\n")[0]) for text in asked)
+    assert not any(re.search(study.plans.CHEMISTRY, line) for line in open(work / "rest.jsonl"))
+    stacked = rows[3]["commands"][0]
+    assert stacked.index("runs/sciq/spul-0") < stacked.index("runs/requests/chemistry")
+
+
+def test_the_study_of_changed_queries_shows_their_mean_and_the_worst(small_study, tmp_path):
+    study, args = small_study("robust")
+    study.main(args)
+    table, rows = table_and_rows("robust", tmp_path / "robust")
+    lines = table.splitlines()[2:-2]
+    first, *_, last = ([float(cell) for cell in line.split("|")[2:-1]] for line in lines)
+    found = rows[-1]["found"]["found"]
+    for side, cells in (("before", first), ("with", last)):
+        robustness = found[side]["robustness"].items()
+        words = [value for line, value in robustness if line.endswith("forget")][:6]
+        assert cells[3:5] == pytest.approx([100 * sum(words) / 6, 100 * max(words)], abs=0.06)
+
+
+def test_the_study_of_sizes_runs_and_writes_its_table(small_study, tmp_path):
+    study, args = small_study("sizes")
+    study.main(args)
+    table_and_rows("sizes", tmp_path / "sizes")
+
+
+def test_the_study_that_assesses_goes_on_where_it_was_stopped(small_study, folder, tmp_path):
+    study, args = small_study("assessment")
+    # It needs of the paper's study two models, a prompt and a table.
+    main = study.plans.Plan("sst2", folder, tmp_path / "work", tmp_path)
+    assert study.perform(main.memorised(), None)
+    data_args = main.data("forget", "retain")
+    out = main.runs / "spul-0"
+    assert call(train, "--model", main.known, *data_args, "--epochs", 1, "--out", out) == 0
+    (tmp_path / "sst2").mkdir()
+    chosen = {"rows": [{"method": "GA+GD", "name": "ga-gd-0.0003", "chosen": True}]}
+    (tmp_path / "sst2" / "main.json").write_text(json.dumps(chosen))
+    study.main(args)
+
+    def rows():
+        return json.loads((tmp_path / "assessment.json").read_text())["rows"]
+
+    of_ga_gd = rows()[1]["commands"][0]
+    assert "--lr 0.0003" in of_ga_gd
+    assert "ga-gd" in of_ga_gd
+    lines = (tmp_path / "assessment.md").read_text().splitlines()
+    leak = next(line for line in lines if "PrivLeak" in line)
+    # GA+GD's beside SPUL's retrained column, too
+    assert all(cell.strip() for cell in leak.split("|")[5:9])
+    # As if it had been stopped: its file is in the folder of work, and not finished.
+    entries = json.loads((tmp_path / "runs" / "assessment.json").read_text())
+    entry = entries.pop("SPUL")
+    (tmp_path / "runs" / "assessment.json").write_text(json.dumps(entries))
+    partial = tmp_path / "work" / "assessment" / "SPUL.json"
+    partial.write_text(json.dumps(entry | {"finished": False}))
+    study.main([*args, "--table"])
+    assert not rows()[0]["lines"]
+    study.main(args)
+    table_and_rows("assessment", tmp_path / "assessment")
+
+
+def test_a_model_is_cut_to_its_first_layers_or_has_each_several_times(folder, tmp_path):
+    for name, order in {"two": [0, 1], "six": [0, 0, 1, 1, 2, 2]}.items():
+        made = command(
+            "results/cut.py", "--model", folder, "--layers", len(order), "--out", tmp_path / name
+        )
+        assert made.returncode == 0, made.stderr
+        whole, tokens = Llama.from_pretrained(folder), tokens_of(2, 9)
+        whole.layers = torch.nn.ModuleList(whole.layers[i] for i in order)
+        whole.config = dataclasses.replace(whole.config, num_hidden_layers=len(order))
+        torch.testing.assert_close(Llama.from_pretrained(tmp_path / name)(tokens), whole(tokens))
+    for args, pattern in [
+        ((3, "three"), "the model has 3"),
+        ((4, "four"), "take fewer or a multiple"),
+        ((1, "two"), "is there already"),
+    ]:
+        failed = command(
+            "results/cut.py", "--model", folder, "--layers", args[0], "--out", tmp_path / args[1]
+        )
+        assert failed.returncode == 2 and re.search(pattern, failed.stderr)
+
+
+SCRIPTS = [
+    *(file.stem for file in sorted(ROOT.glob("*.py")) if file.stem != "conftest"),
+    *(f"extras.{file.stem}" for file in sorted((ROOT / "extras").glob("[a-z]*.py"))),
+    *(f"support.{file.stem}" for file in sorted((ROOT / "support").glob("[a-z]*.py"))),
+    *(f"results.{file.stem}" for file in sorted((ROOT / "results").glob("*.py"))),
+    "demo.make",
+]
+
+
+def test_importing_a_script_does_nothing():
+    scripts = [name for name in SCRIPTS if name != "test_spul"]
+    assert len(scripts) > 30
+    code = (
+        "import importlib, sys; sys.argv = ['x', '--nonsense']; sys.path.insert(0, 'results'); "
+        f"[importlib.import_module(name) for name in {scripts!r}]"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_command_of_the_readme_runs(folder, files, tmp_path):
+    """As printed, one after the other.
+
+    With the tiny model for every model, its rows for every file, and one epoch.
+    """
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(
+        r"`(python [^`\n]+)`", text
+    )
+    scripts = r"python (train|eval|finetune|bench|baselines|split|plot)\.py"
+    commands = [shlex.split(line) for line in lines if re.match(scripts, line)]
+    assert len(commands) >= 6
+    (tmp_path / "data.jsonl").write_text(Path(files["forget"]).read_text())
+    (tmp_path / "names.txt").write_text("red\n")
+    write_lora(tmp_path / "peft" / "lora")
+    (tmp_path / "results" / "sst2").mkdir(parents=True)
+    shutil.copyfile(
+        ROOT / "results" / "sst2" / "main.json", tmp_path / "results" / "sst2" / "main.json"
+    )
+    for _, script, *args in commands:
+        for i, arg in enumerate(args):
+            if arg.endswith(".jsonl") and arg != "data.jsonl":
+                args[i] = files.get(Path(arg).stem, files["forget"])
+            if args[i - 1] == "--model":
+                args[i] = folder
+        fast = {
+            "train.py": ["--epochs", 1, "--write-retain", 8],
+            "finetune.py": ["--epochs", 1],
+            "bench.py": ["--rounds", 1, "--batches", 1, "--batch-size", 4],
+        }.get(script, [])
+        if script in ("train.py", "finetune.py"):
+            for out in ("prompt", "memorised"):
+                shutil.rmtree(tmp_path / out, ignore_errors=True)
+        done = command(script, *args, *fast, cwd=tmp_path)
+        assert done.returncode == 0, (args, done.stderr)
+
+
+def test_the_readmes_comparison_is_what_the_study_measured():
+    lines = (ROOT / "README.md").read_text().split("| accuracy, % | SST-2: ")[1].splitlines()[2:]
+    table = [
+        line.strip("| ").replace("*", "").split(" | ")
+        for line in itertools.takewhile(str.strip, lines)
+    ]
+    names = {
+        "memorised, before": "memorised",
+        "retrained without the forget rows": "retrained",
+        "LoRA + gradient ascent": "LoRA+GA",
+        "ECO, aimed at 0": "ECO, to 0",
+        "ECO, aimed at the retrained model's accuracy": "ECO, as retrained",
+    }
+    measured = {}
+    for study in ("sst2", "sciq"):
+        for row in json.loads((ROOT / "results" / study / "main.json").read_text())["rows"]:
+            if row["chosen"]:
+                measured.setdefault(row["method"], {}).setdefault(study, []).append(row["splits"])
+    assert len(table) == len(measured) - 1  # all but vanilla
+    wanted = [
+        (study, split)
+        for study in ("sst2", "sciq")
+        for split in ("train forget", "train retain", "test forget", "test retain")
+    ]
+    for method, *cells in table:
+        for cell, (study, split) in zip(cells, wanted, strict=True):
+            found = [
+                splits[split]["accuracy"] for splits in measured[names.get(method, method)][study]
+            ]
+            assert cell == f"{100 * sum(found) / len(found):.1f}", (method, study, split)
+
+
+def test_the_readmes_words_on_all_of_sst2_and_on_a_gpu_are_what_was_measured():
+    text, results = " ".join((ROOT / "README.md").read_text().split()), ROOT / "results"
+    mean = {}
+    for row in json.loads((results / "sst2" / "full.json").read_text())["rows"]:
+        if row["chosen"]:
+            mean.setdefault(row["method"], []).append(row["splits"])
+    for method, found in mean.items():
+        mean[method] = {
+            split: f"{sum(100 * one[split]['accuracy'] for one in found) / len(found):.1f}"
+            for split in found[0]
+        }
+    spul_, known = mean["SPUL"], mean["memorised"]
+    both = "({train forget} and {train retain})"
+    for words in (
+        "comes to {train forget} and {train retain} % (two seeds)".format(**spul_),
+        f"{spul_['test retain']} of {known['test retain']} %",
+        *(f"{method} {both.format(**mean[method])}" for method in ("NPO", "GA+GD", "GA+KL")),
+    ):
+        assert words in text, words
+    large, small = (
+        json.loads((results / f"{name}.bench.json").read_text())["training"]
+        for name in ("7b", "135m")
+    )
+    ours, tuned, theirs = (
+        large[name]
+        for name in (
+            "spul, p = 30",
+            "transformers + peft, p = 30",
+            "   with checkpointing (the paper's)",
+        )
+    )
+    speed = lambda one, other: f"{one['examples/s'] / other['examples/s']:.2f}"
+    for words in (
+        f"{ours['examples/s']:.0f} examples/s, {100 * ours['of peak']:.0f} % of the peak",
+        f"{speed(ours, tuned)} times transformers + peft and {speed(ours, theirs)} times that",
+        f"({speed(small['spul, p = 30'], small['transformers + peft, p = 30'])} times)",
+    ):
+        assert words in text, words
+
+
+def test_the_readmes_limits_are_what_the_assessment_measured():
+    limits = " ".join((ROOT / "README.md").read_text().split("## What it does not do")[1].split())
+    spul_, ga_gd = (
+        json.loads((ROOT / "results" / "runs" / "assessment" / f"{name}.json").read_text())["found"]
+        for name in ("SPUL", "GA+GD")
+    )
+    own, never, relearned = spul_["with"], spul_["retrained"], "1 rows, 5 steps"
+    for words, value in {
+        "Without the prompt {} %": own["removed"]["prompt left out"],
+        "bring back {} % of others": own["relearning"][relearned],
+        "GA+GD's model, {} %": ga_gd["with"]["relearning"][relearned],
+        "never saw them gives {} %": never["relearning"][relearned],
+        "on 100 of them, do nearly as much ({} %)": own["attack"]["other forget rows"],
+        "rounded to 4 bits more than half ({} %)": own["quantised"]["4 bit, forget"],
+        "In another template {} % of the retain": own["robustness"]["another template, retain"],
+        "of {} % without the prompt": spul_["before"]["robustness"]["another template, retain"],
+        "in front of them {} % of the forget": own["robustness"][
+            "a row of the other side in front, forget"
+        ],
+    }.items():
+        assert words.format(f"{100 * value:.1f}") in limits, words
+    assert f"AUC of {own['membership']['outside, AUC against retain']:.2f}" in limits
+    assert f"it does not tell ({own['membership']['outside, AUC']:.2f})" in limits
+
+
+def test_the_readme_names_only_options_that_exist():
+    text = (ROOT / "README.md").read_text()
+    known = "".join(
+        (ROOT / name).read_text()
+        for name in (
+            "train.py",
+            "eval.py",
+            "finetune.py",
+            "bench.py",
+            "baselines.py",
+            "split.py",
+            "plot.py",
+            "results/study.py",
+            "cli.py",
+            "assess.py",
+        )
+    )
+    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {
+        "no-deps",
+        "nproc",
+        "local-dir",
+    }  # of others
+    assert len(names) > 10 and not [
+        n for n in names if f'--{n}"' not in known and f'"{n}"' not in known
+    ]
