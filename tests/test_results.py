@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -327,163 +328,159 @@ def test_importing_a_script_does_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_every_command_of_the_readme_runs(folder, files, tmp_path):
-    """As printed, one after the other.
+def text_of(name):
+    """A text without line breaks, so that words can be found across them."""
+    return " ".join((ROOT / name).read_text().split())
 
-    With the tiny model for every model, its rows for every file, and one epoch.
-    """
+
+def readme_commands():
+    """Every command of ours that the README shows, as lists of words."""
     text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```\n(.*?)```", text, re.S)
-    lines = [line for block in blocks for line in block.splitlines()] + re.findall(
-        r"`(python [^`\n]+)`", text
-    )
-    scripts = r"python (train|eval|finetune|bench|baselines|split|plot)\.py"
-    commands = [shlex.split(line) for line in lines if re.match(scripts, line)]
+    lines = [
+        line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()
+    ]
+    lines += re.findall(r"`(python [^`\n]+)`", text)
+    ours = re.compile(r"python ((train|eval)\.py|-m extras\.)")
+    return [shlex.split(line) for line in lines if ours.match(line)]
+
+
+def test_every_command_of_the_readme_runs(folder, files, tmp_path):
+    """As printed, one after the other, with a tiny model, few rows and one epoch."""
+    commands = readme_commands()
     assert len(commands) >= 6
     (tmp_path / "data.jsonl").write_text(Path(files["forget"]).read_text())
     (tmp_path / "names.txt").write_text("red\n")
     write_lora(tmp_path / "peft" / "lora")
     (tmp_path / "results" / "sst2").mkdir(parents=True)
-    shutil.copyfile(
-        ROOT / "results" / "sst2" / "main.json", tmp_path / "results" / "sst2" / "main.json"
-    )
-    for _, script, *args in commands:
+    table = Path("results/sst2/main.json")
+    shutil.copyfile(ROOT / table, tmp_path / table)
+    shorter = {
+        "train.py": ["--epochs", 1, "--write-retain", 8],
+        "extras.finetune": ["--epochs", 1],
+        "extras.bench": ["--rounds", 1, "--batches", 1, "--batch-size", 4],
+    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for _, *args in commands:
+        program = args[1] if args[0] == "-m" else args[0]
         for i, arg in enumerate(args):
             if arg.endswith(".jsonl") and arg != "data.jsonl":
                 args[i] = files.get(Path(arg).stem, files["forget"])
             if args[i - 1] == "--model":
                 args[i] = folder
-        fast = {
-            "train.py": ["--epochs", 1, "--write-retain", 8],
-            "finetune.py": ["--epochs", 1],
-            "bench.py": ["--rounds", 1, "--batches", 1, "--batch-size", 4],
-        }.get(script, [])
-        if script in ("train.py", "finetune.py"):
+        if program in ("train.py", "extras.finetune"):
             for out in ("prompt", "memorised"):
                 shutil.rmtree(tmp_path / out, ignore_errors=True)
-        done = command(script, *args, *fast, cwd=tmp_path)
+        if args[0] != "-m":
+            args[0] = ROOT / args[0]
+        done = python(*args, *shorter.get(program, []), cwd=tmp_path, env=environment)
         assert done.returncode == 0, (args, done.stderr)
+
+
+def test_the_readmes_python_runs(tmp_path):
+    """As printed, after the quick start's first command has made the demo's prompt."""
+    prompt = tmp_path / "prompt"
+    made = command("train.py", "--epochs", 1, "--out", prompt)
+    assert made.returncode == 0, made.stderr
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    done = python("-c", code.replace("demo/prompt", str(prompt)))
+    assert done.returncode == 0, done.stderr
+    answer, *steps = done.stdout.splitlines()
+    assert answer.strip() in ("true", "false", "unknown", "neutral") and len(steps) == 10
 
 
 def test_the_readmes_comparison_is_what_the_study_measured():
     lines = (ROOT / "README.md").read_text().split("| accuracy, % | SST-2: ")[1].splitlines()[2:]
-    table = [
-        line.strip("| ").replace("*", "").split(" | ")
-        for line in itertools.takewhile(str.strip, lines)
-    ]
+    table = []
+    for line in itertools.takewhile(str.strip, lines):
+        table.append(line.strip("| ").replace("*", "").split(" | "))
     names = {
         "memorised, before": "memorised",
         "retrained without the forget rows": "retrained",
-        "LoRA + gradient ascent": "LoRA+GA",
         "ECO, aimed at 0": "ECO, to 0",
-        "ECO, aimed at the retrained model's accuracy": "ECO, as retrained",
     }
-    measured = {}
-    for study in ("sst2", "sciq"):
-        for row in json.loads((ROOT / "results" / study / "main.json").read_text())["rows"]:
-            if row["chosen"]:
-                measured.setdefault(row["method"], {}).setdefault(study, []).append(row["splits"])
-    assert len(table) == len(measured) - 1  # all but vanilla
+    assert len(table) == 7
     wanted = [
         (study, split)
         for study in ("sst2", "sciq")
         for split in ("train forget", "train retain", "test forget", "test retain")
     ]
+    measured = {study: chosen_splits(study, "main") for study in ("sst2", "sciq")}
     for method, *cells in table:
         for cell, (study, split) in zip(cells, wanted, strict=True):
-            found = [
-                splits[split]["accuracy"] for splits in measured[names.get(method, method)][study]
-            ]
-            assert cell == f"{100 * sum(found) / len(found):.1f}", (method, study, split)
+            runs = measured[study][names.get(method, method)]
+            assert cell == mean_accuracy(runs, split), (method, study, split)
 
 
-def test_the_readmes_words_on_all_of_sst2_and_on_a_gpu_are_what_was_measured():
-    text, results = " ".join((ROOT / "README.md").read_text().split()), ROOT / "results"
-    mean = {}
-    for row in json.loads((results / "sst2" / "full.json").read_text())["rows"]:
+def chosen_splits(folder, name):
+    """{method: the splits of its runs that the table shows}."""
+    chosen = {}
+    for row in json.loads((ROOT / "results" / folder / f"{name}.json").read_text())["rows"]:
         if row["chosen"]:
-            mean.setdefault(row["method"], []).append(row["splits"])
-    for method, found in mean.items():
-        mean[method] = {
-            split: f"{sum(100 * one[split]['accuracy'] for one in found) / len(found):.1f}"
-            for split in found[0]
-        }
-    spul_, known = mean["SPUL"], mean["memorised"]
-    both = "({train forget} and {train retain})"
-    for words in (
-        "comes to {train forget} and {train retain} % (two seeds)".format(**spul_),
-        f"{spul_['test retain']} of {known['test retain']} %",
-        *(f"{method} {both.format(**mean[method])}" for method in ("NPO", "GA+GD", "GA+KL")),
-    ):
-        assert words in text, words
-    large, small = (
-        json.loads((results / f"{name}.bench.json").read_text())["training"]
-        for name in ("7b", "135m")
-    )
-    ours, tuned, theirs = (
-        large[name]
-        for name in (
-            "spul, p = 30",
-            "transformers + peft, p = 30",
-            "   with checkpointing (the paper's)",
-        )
-    )
-    speed = lambda one, other: f"{one['examples/s'] / other['examples/s']:.2f}"
-    for words in (
-        f"{ours['examples/s']:.0f} examples/s, {100 * ours['of peak']:.0f} % of the peak",
-        f"{speed(ours, tuned)} times transformers + peft and {speed(ours, theirs)} times that",
-        f"({speed(small['spul, p = 30'], small['transformers + peft, p = 30'])} times)",
-    ):
-        assert words in text, words
+            chosen.setdefault(row["method"], []).append(row["splits"])
+    return chosen
+
+
+def mean_accuracy(runs, split):
+    values = [100 * splits[split]["accuracy"] for splits in runs]
+    return f"{sum(values) / len(values):.1f}"
+
+
+def test_the_results_on_all_of_sst2_are_what_was_measured():
+    text = (ROOT / "results" / "README.md").read_text().replace("*", "")
+    measured = chosen_splits("sst2", "full")
+    for method in ("memorised", "retrained", "SPUL", "GA+KL", "GA+GD", "NPO"):
+        splits = ("train forget", "train retain", "test forget", "test retain")
+        cells = [mean_accuracy(measured[method], split) for split in splits]
+        assert f"| {method} | {' | '.join(cells)} |" in text, method
+
+
+def test_the_results_on_a_gpu_are_what_was_measured():
+    text = text_of("results/speed.md")
+    training = {}
+    for name in ("7b", "135m"):
+        file = ROOT / "results" / f"{name}.bench.json"
+        training[name] = json.loads(file.read_text())["training"]
+    large = training["7b"]
+    ours = large["spul, p = 30"]["examples/s"]
+    peft = large["transformers + peft, p = 30"]["examples/s"]
+    checkpointing = large["   with checkpointing (the paper's)"]["examples/s"]
+    assert f"{ours / peft:.2f} times" in text and f"{ours / checkpointing:.2f} times" in text
+    assert f"{ours:.0f}" in text
 
 
 def test_the_readmes_limits_are_what_the_assessment_measured():
     limits = " ".join((ROOT / "README.md").read_text().split("## What it does not do")[1].split())
-    spul_, ga_gd = (
-        json.loads((ROOT / "results" / "runs" / "assessment" / f"{name}.json").read_text())["found"]
-        for name in ("SPUL", "GA+GD")
-    )
-    own, never, relearned = spul_["with"], spul_["retrained"], "1 rows, 5 steps"
+    entries = json.loads((ROOT / "results" / "runs" / "assessment.json").read_text())
+    spul = entries["SPUL"]["found"]
+    ga_gd = entries["GA+GD"]["found"]
+    prompt = spul["with"]
+    relearned = "1 rows, 5 steps"
     for words, value in {
-        "Without the prompt {} %": own["removed"]["prompt left out"],
-        "bring back {} % of others": own["relearning"][relearned],
+        "Without the prompt {} %": prompt["removed"]["prompt left out"],
+        "bring back {} % of others": prompt["relearning"][relearned],
         "GA+GD's model, {} %": ga_gd["with"]["relearning"][relearned],
-        "never saw them gives {} %": never["relearning"][relearned],
-        "on 100 of them, do nearly as much ({} %)": own["attack"]["other forget rows"],
-        "rounded to 4 bits more than half ({} %)": own["quantised"]["4 bit, forget"],
-        "In another template {} % of the retain": own["robustness"]["another template, retain"],
-        "of {} % without the prompt": spul_["before"]["robustness"]["another template, retain"],
-        "in front of them {} % of the forget": own["robustness"][
+        "never saw them gives {} %": spul["retrained"]["relearning"][relearned],
+        "trained on 100 of them, bring back {} %": prompt["attack"]["other forget rows"],
+        "rounded to 4 bits {} %": prompt["quantised"]["4 bit, forget"],
+        "In another template {} % of the retain": prompt["robustness"]["another template, retain"],
+        "({} % without the prompt": spul["before"]["robustness"]["another template, retain"],
+        "With a retain row before it, {} % of the forget": prompt["robustness"][
             "a row of the other side in front, forget"
         ],
     }.items():
         assert words.format(f"{100 * value:.1f}") in limits, words
-    assert f"AUC of {own['membership']['outside, AUC against retain']:.2f}" in limits
-    assert f"it does not tell ({own['membership']['outside, AUC']:.2f})" in limits
+    membership = prompt["membership"]
+    assert f"(AUC {membership['outside, AUC against retain']:.2f})" in limits
+    assert f"(AUC {membership['outside, AUC']:.2f})" in limits
 
 
-def test_the_readme_names_only_options_that_exist():
-    text = (ROOT / "README.md").read_text()
-    known = "".join(
-        (ROOT / name).read_text()
-        for name in (
-            "train.py",
-            "eval.py",
-            "finetune.py",
-            "bench.py",
-            "baselines.py",
-            "split.py",
-            "plot.py",
-            "results/study.py",
-            "cli.py",
-            "assess.py",
-        )
-    )
-    names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {
-        "no-deps",
-        "nproc",
-        "local-dir",
-    }  # of others
-    assert len(names) > 10 and not [
-        n for n in names if f'--{n}"' not in known and f'"{n}"' not in known
-    ]
+def test_the_readmes_name_only_options_that_exist():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    known = "".join(file.read_text() for file in files if "test" not in file.name)
+    others = {"no-deps", "nproc", "local-dir"}  # options of other programs
+    for name in ("README.md", "results/README.md", "results/speed.md"):
+        text = (ROOT / name).read_text()
+        options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - others
+        assert len(options) > 5
+        unknown = [o for o in options if f'"--{o}"' not in known and f'"{o}"' not in known]
+        assert unknown == [], name
