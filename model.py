@@ -129,7 +129,7 @@ class Config:
         if window is not None and self.model_type != "mistral":
             names = {None: "full_attention", window: "sliding_attention"}
             layer_types = [names[w] for w in self.windows]
-        return {
+        raw = {
             "architectures": [f"{FAMILIES[self.model_type]}ForCausalLM"],
             "hidden_act": "silu",
             "torch_dtype": str(dtype).removeprefix("torch."),
@@ -155,6 +155,9 @@ class Config:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
         }
+        if self.model_type == "mistral":
+            del raw["layer_types"]  # transformers takes a Mistral that has it for another family
+        return raw
 
 
 def windows_from_json(raw):

@@ -528,8 +528,7 @@ def main(argv=None, change=None):
             print(f"{args.out} is finished already; nothing to do")
         return
     job = prepare(args, splits, mode, change)
-    if is_first:
-        print_plan(job, is_demo)
+    print_plan(job, is_demo)
     before, teacher = measure_and_teach(job)
     if is_first and mode == "new":
         make_room(job)

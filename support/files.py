@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -121,6 +121,16 @@ def indexed_files(index):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{index}: {name!r} points outside the folder")
     return sorted(set(weight_map.values()))
+
+
+def check_complete(file):
+    """Raises ValueError for a safetensors file that is truncated or is not one."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as e:
+        reason = "not a complete safetensors file (truncated?)"
+        raise ValueError(f"{file}: {reason}: {e}") from None
 
 
 def fingerprint(folder):

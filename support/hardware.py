@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 from fast import FastLlama, unknown_fields
 from model import Config, Llama, read_weights
 from support.checks import check_config
-from support.files import weight_files
+from support.files import check_complete, weight_files
 from support.processes import any_process, ranks
 from support.tokenizer import Tokenizer
 
@@ -134,18 +133,17 @@ def load_llama(folder, dtype, device, plain=False, quantize=None, shard=None):
     if quantize:
         replace_linear(model)
     place = shard(model, dtype, device) if shard else None
+    for file in weight_files(folder):
+        check_complete(file)
     weights = {}
-    try:
-        for name, tensor in read_weights(folder):
-            if tensor.dtype not in FLOATS:
-                raise ValueError(f"{folder}: {name} is {tensor.dtype}: not supported")
-            tensor = place(tensor) if place else tensor.to(device, dtype)
-            if quantize and name.endswith("_proj.weight"):
-                weights |= Int8Linear.pack(name, tensor)
-            else:
-                weights[name] = tensor
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{folder}: not a complete safetensors file (truncated?): {e}") from None
+    for name, tensor in read_weights(folder):
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{folder}: {name} is {tensor.dtype}: not supported")
+        tensor = place(tensor) if place else tensor.to(device, dtype)
+        if quantize and name.endswith("_proj.weight"):
+            weights |= Int8Linear.pack(name, tensor)
+        else:
+            weights[name] = tensor
     try:
         model.load_weights(weights)
     except (RuntimeError, KeyError, ValueError) as e:  # names what is missing, surplus or misshapen

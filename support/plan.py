@@ -8,13 +8,16 @@ from support.processes import gather_full, ranks
 
 
 def print_plan(job, is_demo):
-    """Say what is going to be done. job: a train.Job."""
+    """Say what is going to be done. job: a train.Job. Every process has to call it."""
+    lines = list(plan_lines(job))  # weights in shards are gathered for it
+    if ranks()[0] > 0:
+        return
     if is_demo:
         print(
             "No --model: this is the bundled demo, a tiny model that knows film reviews, science "
             "and some made-up authors.\nIt is asked to forget the authors."
         )
-    for name, what in plan_lines(job):
+    for name, what in lines:
         print(f"{name:8} {what}", flush=True)
 
 

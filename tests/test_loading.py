@@ -229,11 +229,11 @@ def test_model_py_works_alone_in_an_empty_folder(folder, tmp_path):
     code = (
         "import json, sys, torch\n"
         "from model import Llama\n"
-        "assert [p for p in sys.path if 'main' in p] == []\n"
+        "assert not {'fast', 'spul', 'data', 'support'} & set(sys.modules)\n"
         f"llama = Llama.from_pretrained({str(folder)!r})\n"
         "phi = llama.embed(torch.tensor([3, 4])).detach()\n"
         "ids = llama.generate([[5, 6, 7]], llama.prefix(phi), 5)\n"
-        "loss = llama.prompted(torch.tensor([[5, 6]]), phi.requires_grad_()).sum().backward()\n"
+        "llama.prompted(torch.tensor([[5, 6]]), phi.requires_grad_()).sum().backward()\n"
         "print(json.dumps(ids))\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
