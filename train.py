@@ -40,7 +40,7 @@ from support.plan import print_plan
 from support.processes import any_process, gather_full, join_group, ranks, shard, sum_over_processes
 from support.self_written import write_retain
 from support.state import LOG, STATE, WRITTEN, check_out, check_same_run, clear_run, load_state
-from support.state import read_run, save_state
+from support.state import read_run, save_state, stopped_message
 
 # The optimizer of the released code: AdamW, weight decay 1e-3, the gradient's norm clipped at 0.3,
 # a learning rate that rises over the first tenth of the steps, then falls to 0 along half a cosine.
@@ -201,8 +201,7 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):
                     save(step)
                 raise FloatingPointError(
-                    f"step {step + 1} of {len(steps)}: {e}; most likely --lr {lr:g} is too high, "
-                    f"or the model's weights are broken. The last good state is kept in {out}"
+                    f"step {step + 1} of {len(steps)}: {e}; {likely_cause(lr, out)}"
                 ) from None
             line = {"step": step + 1, "epoch": epoch, "lr": rate, **report}
             line |= {"n_f": batch.n_f, "n_r": batch.n_r, "seconds": time.perf_counter() - began}
@@ -214,10 +213,15 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
             if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
                 save(step + 1)
             if stop:
-                raise KeyboardInterrupt(
-                    f"stopped after step {step + 1} of {len(steps)}, saved in {out}: the same "
-                    "command with --resume goes on"
-                )
+                raise KeyboardInterrupt(stopped_message(step + 1, len(steps), out))
+
+
+def likely_cause(lr, out):
+    """What to say of a run that has diverged."""
+    return (
+        f"most likely --lr {lr:g} is too high, or the model's weights are broken. "
+        f"The last good state is kept in {out}"
+    )
 
 
 def cut_log(file, steps):

@@ -169,7 +169,7 @@ def summary(rows, is_prompt):
         (worst(rows, "robustness", ", retain", min),
          "The change that costs the retain rows most is: {line}, {value} % stay right"),
         (lines.get(("membership", "outside, AUC")),
-         "Answers outside the labels tell rows of the forget set from unseen rows of that kind with "
+         "Answers outside the labels tell forget rows from unseen rows of that kind with "
          "an AUC of {value}"),
         (lines.get(("membership", "loss, AUC")),
          "The loss of the old answer tells them apart with an AUC of {value}"),
@@ -195,7 +195,7 @@ def is_measured(row):
 
 
 def worst(rows, part, ending, pick):
-    """The row that max or min picks, of a part's rows whose lines end so; None if there are none."""
+    """The row that max or min picks of a part's lines with this ending, or None."""
     candidates = []
     for row in rows:
         if row["part"] == part and row["line"].endswith(ending) and is_measured(row):

@@ -42,6 +42,7 @@ from support.files import write_tensors
 from support.hardware import DTYPES, choose_device, choose_dtype, load_llama, load_model
 from support.hardware import peak_memory, row_limit
 from support.state import STATE, check_same_run, load_state, read_run, save_state
+from support.state import stopped_message
 from train import WEIGHT_DECAY, interrupt, learning_rate
 
 ADAPTER = "adapter"  # the LoRA's folder inside that of the model
@@ -207,11 +208,12 @@ def fit(model, plan, loss, *, lr, seed, weight_decay=WEIGHT_DECAY, clip=1.0, out
 def go_on(out, model, optimizer, description):
     """Load the state of a run that was stopped -> its steps so far, and the seconds in them."""
     step, earlier = read_run(out)
+    seconds = earlier.pop("seconds")
     check_same_run(out, earlier, description)
     load_state(out, model, optimizer)
     for parameter, state in optimizer.state.items():  # the fused AdamW counts steps on the device
         state["step"] = state["step"].to(parameter.device)
-    return step, earlier["seconds"]
+    return step, seconds
 
 
 def update(optimizer, parameters, loss, clip):
@@ -220,15 +222,6 @@ def update(optimizer, parameters, loss, clip):
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
-
-
-def stopped_message(step, steps, out):
-    if not out:
-        return ""
-    return (
-        f"stopped after step {step} of {steps}, saved in {out}: the same command with --resume "
-        "goes on"
-    )
 
 
 def describe(options, folder, examples):

@@ -22,7 +22,7 @@ import train
 from support.cli import Parser, number, run
 from support.processes import gather_full, ranks
 
-STRENGTHS = {"noise": 0.3, "adversarial": 0.3, "semantic": 0.2}  # unless --corrupt-strength is given
+STRENGTHS = {"noise": 0.3, "adversarial": 0.3, "semantic": 0.2}  # defaults
 
 
 # ------------------------------------------------------------------------------------- the changes
@@ -46,8 +46,9 @@ def adversarial(e, is_text, strength, gradient):
     """e + strength mean|e| g / |g| on the texts' embeddings, a step up the loss -> (B, T, d).
 
     e (B, T, d) are embeddings; is_text (B, T) is True at what may change. gradient (B, T, d): of
-    each row's own loss. mean|e|: the mean length of the batch's text embeddings, so all tokens move
-    equally far. A token without a gradient does not move.
+    each row's own loss. mean|e|: the mean length of the text embeddings in e, so all tokens move
+    equally far; several processes each take that of their own rows. A token without a gradient does
+    not move.
     """
     if not is_text.any():
         return e
@@ -175,8 +176,9 @@ def add_corruption_options(parser):
     add("--corrupt", choices=["none", *STRENGTHS], default="none",
         help="what happens to the texts (default none: as train.py)")
     add("--corrupt-strength", type=number(float, 0), metavar="S",
-        help="noise: its size in that of the embeddings' entries; adversarial: the length of a "
-        f"step in that of an embedding; semantic: share of tokens replaced (default {defaults})")
+        help="noise: standard deviation, relative to the embeddings' entries; adversarial: length "
+        "of a step, relative to an embedding's; semantic: share of the tokens that is replaced "
+        f"(default {defaults})")
 
 
 def parse(argv):

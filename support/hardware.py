@@ -81,7 +81,7 @@ def compare_dtypes(device):
 def time_products(size=1024, rounds=12):
     """{dtype: seconds} of a product of the size of a linear layer's on a batch.
 
-    The dtypes take turns, and the shortest time counts: it is the least disturbed by other programs.
+    The dtypes take turns, and the shortest time counts: other programs disturb it the least.
     """
     tensors = {name: torch.ones(size, size, dtype=dtype) for name, dtype in DTYPES.items()}
     times = {name: [] for name in tensors}

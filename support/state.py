@@ -95,11 +95,22 @@ def read_run(folder):
 
 def check_same_run(folder, earlier, now):
     """Raises ValueError, with what changed, if a resumed run is not the one that was started."""
-    changed = [name for name in now if earlier.get(name) != now[name]]
+    names = {**earlier, **now}  # an option that only one of them has counts, too
+    changed = [name for name in names if earlier.get(name) != now.get(name)]
     if changed:
         raise ValueError(
             f"--resume: not the run that was started in {folder}: {', '.join(changed)} changed"
         )
+
+
+def stopped_message(step, steps, out):
+    """What Ctrl-C says once the state is saved; nothing if the run keeps no state."""
+    if not out:
+        return ""
+    return (
+        f"stopped after step {step} of {steps}, saved in {out}: the same command with --resume "
+        "goes on"
+    )
 
 
 def load_state(folder, module, optimizer):

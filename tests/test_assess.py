@@ -327,7 +327,9 @@ def test_attacks_are_measured_on_rows_they_have_not_seen(probing, monkeypatch):
         "collate",
         lambda examples, *a, **k: seen.update(examples) or real(examples, *a, **k),
     )
-    monkeypatch.setattr(probes.Subject, "accuracy", lambda s, rows: asked.append((s.phi, set(rows))) or 0.0)
+    monkeypatch.setattr(
+        probes.Subject, "accuracy", lambda s, rows: asked.append((s.phi, set(rows))) or 0.0
+    )
     probes.attack(s, c)
     (phi, own), (_, others) = asked
     assert seen == own and len(own) == len(others) == 12 and not own & others

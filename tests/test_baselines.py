@@ -52,7 +52,8 @@ def by_hand(t):
     p = [[math.exp(v) / sum(math.exp(w) for w in line) for v in line] for line in t.logits.tolist()]
     ce = [[-math.log(p[i][t.targets[i]]) for i in range(8) if t.rows[i] == row] for row in range(5)]
     known = [
-        [math.exp(v) / sum(math.exp(w) for w in line) for v in line] for line in t.reference_logits.tolist()
+        [math.exp(v) / sum(math.exp(w) for w in line) for v in line]
+        for line in t.reference_logits.tolist()
     ]
     kl = [sum(a * math.log(a / b) for a, b in zip(q, p[i])) for q, i in zip(known, (3, 4, 5))]
     return ce, kl
@@ -486,9 +487,7 @@ def test_eco_corrupts_the_prompts_of_flagged_queries_and_nothing_else(eco, folde
             torch.equal(before[row, n:], after[row, n:])
             and (before[row, :n] != after[row, :n]).all()
         )
-    for e, h in zip(
-        examples[:3], guards.guarded_hidden(llama, examples, embed)
-    ):  # as each alone
+    for e, h in zip(examples[:3], guards.guarded_hidden(llama, examples, embed)):  # as each alone
         alone = llama.run(embed([e.prompt], torch.tensor([e.ids[:-1]])))[0][0, -e.n :]
         torch.testing.assert_close(h, alone, atol=1e-4, rtol=1e-4)
     want = evaluate.measure(llama, tokenizer, examples)

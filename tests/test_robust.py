@@ -160,3 +160,13 @@ def test_changed_queries_are_trained_on_with_recomputation(folder, files, tmp_pa
     args = train_args(folder, files, tmp_path / "p", "--corrupt", "adversarial", "--recompute")
     assert call(robust, *args) == 0
     assert phi_of(tmp_path / "p").isfinite().all()
+
+
+def test_a_stopped_run_with_changed_queries_is_not_resumed_without_them(
+    folder, files, tmp_path, monkeypatch, capsys
+):
+    args = train_args(folder, files, tmp_path / "p", "--epochs", 2)
+    stop_at(3, monkeypatch, train)
+    assert call(robust, *args, "--corrupt", "noise") == 130
+    assert call(train, *args, "--resume") == 2
+    assert "corrupt, corrupt_strength changed" in capsys.readouterr().err
