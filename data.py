@@ -182,7 +182,7 @@ def text_span(ids, tokenizer, before, after):
 
 
 def make_examples(rows, tokenizer, template, max_length, forget=False, generic=None, rng=None):
-    """Rows -> (Examples, how many texts were cut). Each row gets one generic answer, for good."""
+    """Rows -> (Examples, how many texts were cut). Each row keeps the generic answer it draws."""
     examples = []
     cut = 0
     for row in rows:
@@ -204,7 +204,7 @@ class Batch:
     tokens: torch.Tensor  # (B, T), the rest of each row
     is_text: torch.Tensor  # (B, T), True where they are the row's own text
     rows: torch.Tensor  # (N,), the row of each answer token
-    columns: torch.Tensor  # (N,), the position that predicts it: the one before its own
+    columns: torch.Tensor  # (N,), the column of tokens whose output predicts it: one before its own
     targets: torch.Tensor  # (N,), its id
     forget: torch.Tensor  # (N,), True in forget rows
     n_f: int  # forget rows
@@ -212,15 +212,15 @@ class Batch:
 
 
 def common_prefix(examples):
-    """The ids that all examples begin with, without those that predict an answer."""
+    """The ids that all examples begin with, up to the last token before an answer."""
     return os.path.commonprefix([e.ids[: -e.n - 1] for e in examples])
 
 
 def collate(examples, device="cpu", shared_ids=(), keep_last=False):
     """Examples that all begin with shared_ids -> Batch. Padding is token 0, unseen and unscored.
 
-    keep_last: with each row's last token, which predicts nothing that is scored, except where L_kl
-    compares what comes after the answer.
+    keep_last: keep each row's last token, too. Its output predicts nothing that is scored; only
+    an L_kl "after-label" reads it.
     """
     start = len(shared_ids)
     texts = [e.ids[start:] if keep_last else e.ids[start:-1] for e in examples]
@@ -233,7 +233,7 @@ def collate(examples, device="cpu", shared_ids=(), keep_last=False):
         is_text[row, max(0, first - start) : max(0, last - start)] = True
         answer_starts = len(example.ids) - example.n - start
         for i, target in enumerate(example.answer):
-            predicted_at = answer_starts + i - 1
+            predicted_at = answer_starts + i - 1  # output t predicts token t + 1
             scored.append((row, predicted_at, target, example.forget))
     rows, columns, targets, forget = torch.tensor(scored).T.to(device)  # (N,) each
     n_f = sum(e.forget for e in examples)

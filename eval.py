@@ -33,7 +33,7 @@ METRICS = {
     "accuracy": "answers that are the true one",
     "probability": "of the true answer",
     "f1": "weighted by the rows of each label",
-    "generic": "answers that are generic: refusals",
+    "generic": "answers that are generic",
     "outside": "answers that are not a label",
     "commonest": "share of the commonest answer",
     "rouge_l": "words of the true answer, in order, in the generated one",
@@ -96,7 +96,8 @@ def predict(tokenizer, examples, scores, answers, generate, batch_size=32):
     for i, (e, (is_right, _, first)) in enumerate(zip(examples, scores)):
         name = e.label if is_right else match_answer([first], answers)
         predictions.append(name or f"<{tokenizer.decode([first])}>")
-        if e.label in has_longer if is_right else first in longer_starts:
+        may_be_longer = e.label in has_longer if is_right else first in longer_starts
+        if may_be_longer:
             unsure.append(i)
     for start in range(0, len(unsure), batch_size):
         part = unsure[start : start + batch_size]
@@ -134,7 +135,8 @@ def rouge_l(answer, truth):
 def generate_answers(tokenizer, examples, generate, batch_size=32):
     """The first line of the greedy answer to each example's prompt.
 
-    All may have as many tokens as the longest true answer, so that no row's depends on the others'.
+    Every row may have as many tokens as the longest true answer of all, so its answer does not
+    depend on its batch.
     """
     longest = max(e.n for e in examples)
     answers = []
@@ -166,8 +168,8 @@ def measure(
     """What is measured on one split, a dict of fractions of 1 (METRICS), and its number of rows.
 
     labels: `label_set` of the rows, or None where answers are sentences. generic: generic answers.
-    hidden: `answer_hidden` of the examples, and generate: see `predict`, if the caller has them, or
-    changes what the model reads; by default those of the model with phi before each text.
+    hidden, generate: the results of `answer_hidden` and `generator`, if the caller has them, or if
+    the model is to read something else. By default both are made with phi.
     """
     if hidden is None:
         hidden = answer_hidden(model, examples, phi, batch_size=batch_size)

@@ -1,7 +1,7 @@
 """The forward pass of model.py, faster: same parameters, outputs and gradients. Skip it at first.
 
-train.py takes it unless --plain is given. Each trick, what it saves, and its gain: a step without
-it takes so much longer (SmolLM2-135M, SST-2 rows, batch 32, bf16, a CPU; results/speed.md).
+train.py takes it unless --plain is given. Each trick, what it saves, and the per cent by which a
+step takes longer without it (SmolLM2-135M, SST-2 rows, batch 32, bf16, a CPU; results/speed.md):
 
     FastAttention.attend   products and a softmax where keys are few: PyTorch's fused kernel is slow
                            there on a CPU, above all in the backward pass                  68 %
@@ -11,7 +11,7 @@ it takes so much longer (SmolLM2-135M, SST-2 rows, batch 32, bf16, a CPU; result
     FastMLP                silu(gate) is computed again in the backward pass and not kept:
                            no time, but a fifth less memory for a step of LLaMA-2-7B
 
-A family that needs a new field of Config runs on the plain forward until KNOWN_FIELDS names it.
+A model that sets a field of Config that KNOWN_FIELDS lacks runs on the forward of model.py.
 Letters as in model.py; n = p + B T tokens computed together.
 """
 
@@ -36,9 +36,12 @@ KNOWN_FIELDS = """
 
 
 def unknown_fields(config):
-    """The fields of a Config that are set and unknown here; [] if this file can run the model."""
-    names = [field.name for field in fields(config) if field.name not in KNOWN_FIELDS]
-    return [name for name in names if getattr(config, name) not in (None, False)]
+    """The fields that differ from their default and are unknown here; [] if this can run it."""
+    names = []
+    for field in fields(config):
+        if field.name not in KNOWN_FIELDS and getattr(config, field.name) != field.default:
+            names.append(field.name)
+    return names
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -61,7 +64,7 @@ class FrozenNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d = x.shape[-1]
         x = x.float()
-        h = g.float().mul_(weight.float())  # (..., d)
+        h = g.float() * weight.float()  # (..., d), a new tensor: others may read g
         mean_xx = torch.linalg.vecdot(x, x)[..., None] / d  # (..., 1)
         mean_hx = torch.linalg.vecdot(h, x)[..., None] / d  # (..., 1)
         r = torch.rsqrt(mean_xx + ctx.eps)  # (..., 1)

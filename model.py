@@ -11,12 +11,17 @@ The prompt comes first and attention is causal, so the prompt's keys and values 
 text. `Llama.prefix` computes them once, and every row of a batch attends to them: outputs and
 gradients are the same as with the prompt's vectors concatenated to every row.
 
-This file works alone: copy it into another project. fast.py computes the same faster.
+This file works alone, with torch and safetensors: copy it into another project. fast.py computes
+the same faster. A new family needs an entry in FAMILIES, fields in Config, from_json and to_json,
+what the modules make of them, and the fields' names in fast.py.
 
 Letters, used in every shape note:
 
-    B rows        T text tokens        p prompt tokens      S = p + T keys
+    B rows        T tokens of x        p tokens before it   S = p + T keys
     d width       H query heads        G key/value heads    c width of a head      V vocabulary
+
+past: keys and values of all earlier tokens. prefix: those of the prompt, and of the tokens with
+which all texts begin. cache: past and this call's.
 
 Conventions: RoPE pairs element i with i + c/2, as Hugging Face files do (Meta's: 2i with 2i + 1).
 Text is padded on the right. Norms and rotary angles are computed in float32, all else in the dtype
@@ -25,7 +30,7 @@ of the weights. There is no dropout.
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -97,7 +102,10 @@ class Config:
 
     @classmethod
     def from_json(cls, raw):
-        """The contents of a `config.json` -> Config. All that is special to a family is here."""
+        """The contents of a `config.json` -> Config. All that is special to a family is here.
+
+        Keys that are missing get the defaults of this class, not those of transformers.
+        """
         family = raw.get("model_type")
         if family not in FAMILIES:
             names = ", ".join(FAMILIES)
@@ -120,7 +128,12 @@ class Config:
         # transformers 5 keeps theta and scaling together in rope_parameters
         values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
         values["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} or None
-        return cls(**values)
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
+        config = cls(**values)
+        inverse_frequencies(config)  # raises ValueError for a kind of scaling it does not know
+        return config
 
     def to_json(self, dtype):
         """The contents of a `config.json` that `from_json` and transformers read."""
@@ -150,7 +163,7 @@ class Config:
             "tie_word_embeddings": self.tie_word_embeddings,
             "sliding_window": window,
             "use_sliding_window": layer_types is not None,
-            "max_window_layers": 28,
+            "max_window_layers": 28,  # transformers' default; layer_types decides
             "layer_types": layer_types,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
@@ -309,11 +322,11 @@ class Llama(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def forward(self, tokens, prefix=None):
-        """tokens (B, T) -> logits (B, T, V), float32. Row t of them predicts token t + 1."""
+        """tokens (B, T) -> logits (B, T, V), float32. Position t predicts token t + 1."""
         return self.head(self.hidden(tokens, prefix))
 
     def embed(self, tokens):
-        """tokens (B, T) -> the first layer's input (B, T, d)."""
+        """tokens (B, T) -> the first layer's input (B, T, d). phi is one already."""
         return self.embed_tokens(tokens)
 
     def run(self, x, past=None, positions=None, key_positions=None):
@@ -414,8 +427,10 @@ class Llama(nn.Module):
 
         A row ends before its first end-of-sequence id. temperature 0 takes the likeliest token;
         otherwise tokens are drawn with `generator`. embeddings (B, T, d): in place of the prompts'.
-        Raises FloatingPointError if the model's output is not a number.
+        Raises ValueError for an empty prompt, FloatingPointError if the output is not a number.
         """
+        if not prompts or not all(prompts) or max_new_tokens < 1:
+            raise ValueError("generate needs a token in every prompt, and max_new_tokens above 0")
         rows = torch.arange(len(prompts), device=self.device)
         tokens, lengths = self.pad(prompts)  # (B, T), (B,)
         p = prefix[0][0].shape[2] if prefix else 0
@@ -474,7 +489,8 @@ class Llama(nn.Module):
         """Load a Hugging Face folder, config.json and safetensors; every weight is frozen.
 
         dtype None keeps that of the files. Tensors are mapped and moved one by one: memory holds
-        the weights once. Raises ValueError or RuntimeError, with the names, for what does not fit.
+        the weights once. Raises ValueError or RuntimeError that names the tensors that are missing,
+        surplus or of the wrong shape.
         """
         model = cls.on_meta(Config.from_file(Path(folder) / "config.json"))
         weights = {name: t.to(device, dtype) for name, t in read_weights(folder)}
@@ -490,14 +506,18 @@ class Llama(nn.Module):
     def load_weights(self, weights):
         """Take the tensors of {name: tensor} as they are. All have to be there, and no others."""
         if self.config.tie_word_embeddings:
-            head = weights.pop("lm_head.weight", None)
-            if head is not None and not torch.equal(head, weights["embed_tokens.weight"]):
+            table = weights.get("embed_tokens.weight")
+            head = weights.pop("lm_head.weight", table)
+            if table is not None and not torch.equal(head, table):
                 raise ValueError("lm_head.weight is not the embedding, but config.json ties them")
         self.load_state_dict(weights, assign=True)
 
 
 def read_weights(folder):
-    """Yield the name and the tensor, mapped, of each weight in a folder's safetensors files."""
+    """Yield the name and the tensor, mapped, of each weight in a folder's safetensors files.
+
+    The commands check the folder first (support/files.py), and say in words what is wrong with it.
+    """
     folder = Path(folder)
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"

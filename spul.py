@@ -35,9 +35,10 @@ from support.state import STATE
 
 
 class SoftPrompt(nn.Module):
-    """phi (p, d) as the output of the released code's p-tuning encoder:
+    """phi (p, d) as the output of the released code's p-tuning encoder. Each row
+    e of E (p, d) becomes
 
-        phi = W3 relu(W2 relu(W1 E + b1) + b2) + b3,    E (p, d), W1: d -> hidden
+        W3 relu(W2 relu(W1 e + b1) + b2) + b3,   W1 (hidden, d), W2 (hidden, hidden), W3 (d, hidden)
 
     Its parameter counts are the ones the paper reports (1.19M for p 30, d 4096). hidden=0 trains
     phi directly, as the paper's text says; it starts from p random rows of `table` (V, d), if
@@ -68,17 +69,17 @@ class SoftPrompt(nn.Module):
 # -------------------------------------------------------------------------------------- the losses
 
 
-def answer_loss(logits, targets, n):
-    """L_f on generic answers, L_r on true ones: cross-entropy of the answers of n rows -> scalar.
+def answer_loss(logits, targets, rows):
+    """L_f on generic answers, L_r on true ones: cross-entropy of the answers of `rows` rows.
 
     logits (N, V) predict the answers' tokens targets (N,). The sum over a row's answer, the mean
     over rows; 0 without rows.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(n, 1)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(rows, 1)
 
 
-def kl_loss(logits, teacher_logits, n):
-    """L_kl = KL(teacher || prompted) on the answers of n retain rows -> scalar.
+def kl_loss(logits, teacher_logits, rows):
+    """L_kl = KL(teacher || prompted) on the answers of `rows` retain rows -> scalar.
 
     logits (N_r, V) with the prompt, teacher_logits (N_r, V) without. Sum and mean as in
     answer_loss.
@@ -86,7 +87,7 @@ def kl_loss(logits, teacher_logits, n):
     log_q = F.log_softmax(logits.float(), dim=-1)  # (N_r, V)
     log_p = F.log_softmax(teacher_logits.float(), dim=-1)  # (N_r, V)
     total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)  # sum of p (log p - log q)
-    return total / max(n, 1)
+    return total / max(rows, 1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Objective:
 
     @property
     def kl_shift(self):
-        """By how many positions L_kl's place comes after the one that predicts the answer token."""
+        """How many positions after the predicting one L_kl compares: 0 or 1."""
         return int(self.kl_position == "after-label")
 
 
@@ -129,14 +130,15 @@ def answer_hidden(model, examples, phi=None, shift=0, batch_size=32):
     outputs = [None] * len(examples)
     rank, processes = ranks()
     rounds = math.ceil(len(batches) / processes)
-    for turn in range(rank, rounds * processes, processes):  # equally many in every process
+    # Every process does as many rounds, as sharded weights require. A surplus one is dropped.
+    for turn in range(rank, rounds * processes, processes):
         indices = batches[turn % len(batches)]
         batch = collate([examples[i] for i in indices], model.device, shared_ids, keep_last=shift)
         h = model.hidden(batch.tokens, prefix)  # (B, T, d)
         h = h[batch.rows, batch.columns + shift]  # (N, d)
         if turn < len(batches):
             for i, part in zip(indices, h.split([examples[i].n for i in indices])):
-                outputs[i] = part.clone()
+                outputs[i] = part.clone()  # not a view, which would keep all of h
     if processes > 1:
         zeros = model.norm.weight.new_zeros
         outputs = [zeros(e.n, h.shape[1]) if o is None else o for e, o in zip(examples, outputs)]
@@ -197,10 +199,10 @@ def load_prompt(folder, base_sha256=None):
         raise ValueError(f"{file}: not a complete file with prompt_embeddings: {e}") from None
     if list(phi.shape) != [info.get("p"), info.get("d")] or not phi.isfinite().all():
         shape = tuple(phi.shape)
-        raise ValueError(f"{file}: prompt_embeddings {shape} do not fit spul.json, or not finite")
+        raise ValueError(f"{file}: prompt_embeddings {shape}: not as spul.json says, or not finite")
     if base_sha256 and info.get("base_sha256") != base_sha256:
         raise ValueError(
-            f"{folder}: trained on another model ({info.get('model')}): it means nothing here"
+            f"{folder}: trained on another model ({info.get('model')}), and does not fit this one"
         )
     return phi, info
 
@@ -213,4 +215,4 @@ def check_prompt_info(info, file):
         is_list = isinstance(words, list)
         is_whole = is_whole and is_list and all(isinstance(word, str) for word in words)
     if not is_whole:
-        raise ValueError(f"{file}: format, template, labels or generic are not train.py's")
+        raise ValueError(f"{file}: format, template, labels or generic are not as train.py writes")

@@ -75,22 +75,29 @@ PAPER = {
 # ---------------------------------------------------------------------------------------- one step
 
 
-def losses(model, prompt, batch, teacher, objective=Objective(), read=None):
-    """L and its terms for one batch: {"loss", "loss_f", "loss_r", "loss_kl"}, scalars with a graph.
+# To add a term: compute it in `losses`, and give its weight a field of Objective and an option of
+# the same name in make_parser. The log and --resume follow. A term is a sum over the batch's own
+# rows, divided by batch.n_f or batch.n_r.
 
-    teacher (N_r, d): the model's final-norm outputs without the prompt, at the retain rows'
-    answers. read(batch, phi): what the model reads in place of the batch's tokens, (B, T) or (B,
-    T, d).
+
+def losses(model, prompt, batch, teacher, objective=Objective(), read=None):
+    """L and its terms for one batch: {"loss", "loss_f", "loss_r", "loss_kl"}, scalar tensors.
+
+    teacher (N_r, d): the model's final-norm outputs without the prompt, at the retain answers.
+    read(batch, phi), if given: returns what the model reads in place of batch.tokens, ids (B, T)
+    or embeddings (B, T, d).
     """
     phi = prompt()  # (p, d)
-    tokens = read(batch, phi.detach()) if read else batch.tokens  # (B, T)
-    h = model.prompted(tokens, phi, batch.shared_ids)  # (B, T, d)
+    inputs = read(batch, phi.detach()) if read else batch.tokens  # (B, T), or (B, T, d)
+    h = model.prompted(inputs, phi, batch.shared_ids)  # (B, T, d)
     logits = model.head(h[batch.rows, batch.columns])  # (N, V), row i predicts batch.targets[i]
 
     retain = ~batch.forget  # (N,), True for the answer tokens of retain rows
-    student = logits[retain]  # (N_r, V)
-    if objective.kl_shift:
-        student = model.head(h[batch.rows[retain], batch.columns[retain] + objective.kl_shift])
+    if objective.kl_shift == 0:
+        student = logits[retain]  # (N_r, V)
+    else:  # one position later: collate kept the last token for it
+        columns = batch.columns[retain] + objective.kl_shift
+        student = model.head(h[batch.rows[retain], columns])  # (N_r, V)
     teacher_logits = model.head(teacher).detach()  # (N_r, V)
 
     loss_f = answer_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f)
@@ -103,8 +110,8 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None):
 def train_step(model, prompt, optimizer, batch, teacher, objective=Objective(), read=None):
     """One update of the prompt -> the losses and the gradient's norm, as floats.
 
-    With several processes each passes its own rows but the global row counts n_f and n_r, so
-    summing losses and gradients over processes gives the batch's mean. Raises FloatingPointError,
+    With several processes each holds some of the batch's rows, but batch.n_f and n_r count all of
+    them, so the sum over the processes is the loss of the whole batch. Raises FloatingPointError,
     with the prompt unchanged, if a value is not finite.
     """
     terms = losses(model, prompt, batch, teacher, objective, read)
@@ -159,9 +166,9 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
     """Train the prompt, with a log line for each step and a state every SAVE_EVERY steps in out.
 
     teacher: {index of a retain example: (n, d)}. plan: of each epoch, its batches of indices.
-    description: what a resumed run has to agree with. read: as `losses`, with the step and the
-    rows' indices. Raises KeyboardInterrupt once the state is saved, and FloatingPointError with
-    the step and the likely cause.
+    description: what a resumed run has to agree with. read(batch, phi, step, rows): as in
+    `losses`, with the step and the indices of the batch's examples. Raises KeyboardInterrupt once
+    the state is saved, and FloatingPointError with the step and the likely cause.
     """
     steps = [(epoch, indices) for epoch, batches in enumerate(plan, 1) for indices in batches]
     optimizer = make_optimizer(prompt, lr)
@@ -233,7 +240,8 @@ def cut_log(file, steps):
 def own_share(examples, indices):
     """This process's rows of a batch, and the numbers of forget and retain rows in all of it.
 
-    With more processes than rows some have none. They take one, and divide its losses by infinity.
+    With more processes than rows some have none. They take one row, with infinite counts: its
+    losses are then 0, and they take part in the sums like the others.
     """
     rank, processes = ranks()
     mine = indices[rank::processes]
@@ -260,28 +268,33 @@ def make_parser():
         help="prompt vectors p (default 30, where the paper forgets best)")
     add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
         help="encoder width (default 128, released code); 0: free vectors, with a larger --lr")
-    add("--alpha", type=number(float, 0), default=1.0, help="weight of L_r (default 1, paper)")
-    add("--beta", type=number(float, 0), default=0.5, help="weight of L_kl (default 0.5, paper)")
+    add("--alpha", type=number(float, 0), default=Objective.alpha,
+        help="weight of L_r (default 1, paper)")
+    add("--beta", type=number(float, 0), default=Objective.beta,
+        help="weight of L_kl (default 0.5, paper)")
     add("--kl-position", choices=["aligned", "after-label"], default="aligned",
-        help="compare where the answer is predicted, or after it, as the released code does")
+        help="where L_kl compares: at the position that predicts an answer token (aligned), or one "
+        "later, as the released code does (after-label)")
     add("--generic", default="neutral,unknown", metavar="A,B|FILE",
         help="answers for forgotten rows, one drawn for each (default neutral,unknown, paper); "
         "in a file each line is one")
     add("--write-retain", type=number(int, 1), default=256, metavar="N",
-        help="without --retain: texts that the model writes itself (default 256)")
+        help="without --retain: how many texts the model writes as retain rows (default 256)")
 
     add = parser.add_argument_group("training").add_argument
     add("--paper", action="store_true",
         help="the paper's setting as a whole; options given beside it still count")
     add("--lr", type=number(float, 0, above=True), default=3e-3,
         help="highest learning rate (default 3e-3, measured on hundreds of rows; paper 1e-4)")
-    add("--epochs", type=number(int, 1), default=10, help="passes (default 10, paper)")
+    add("--epochs", type=number(int, 1), default=10,
+        help="passes over the rows (default 10, paper)")
     add("--forget-per-batch", type=number_or_natural, metavar="K",
-        help="forget rows per batch; natural (default, paper): as they come when shuffled")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (default 0)")
+        help="forget rows in every batch; natural (default, paper): all rows once, shuffled")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="seed of all random choices (default 0)")
     add("--out", type=non_empty, metavar="DIR",
         help="the prompt's folder (default prompt; for the demo demo/prompt)")
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add = add_layer_options(parser).add_argument
     add("--shard", action="store_true",
@@ -335,7 +348,7 @@ class Job:
     description: dict
     cut: int  # texts that were cut
     is_retain_written: bool  # by the model itself
-    read: object = None  # see `losses`
+    read: object = None  # see `fit`
 
 
 def read_data(args):
@@ -462,8 +475,8 @@ def measure_splits(job, phi=None, known=None):
     return results
 
 
-def measure_and_teach(job):
-    """The model as it was: {split: what is measured}, and {index: (n, d)}, L_kl's teacher."""
+def measure_before(job):
+    """Without the prompt: {split: what is measured}, and {index: (n, d)}, the teacher's outputs."""
     retain = job.measured["train retain"]
     hidden = answer_hidden(job.model, retain, batch_size=job.args.batch_size)
     before = measure_splits(job, known={"train retain": hidden})
@@ -476,7 +489,7 @@ def measure_and_teach(job):
 
 
 def make_room(job):
-    """Clear --out for a new run. All input is good, and all processes have been here."""
+    """Clear --out for a new run, after all input is checked and all processes have looked at it."""
     out = Path(job.args.out)
     clear_run(out)
     if job.is_retain_written:
@@ -519,7 +532,11 @@ def finish(job, before):
 
 
 def main(argv=None, change=None):
-    """The command. change: what alters the texts at each step (extras/robust.py)."""
+    """The command.
+
+    change (extras/robust.py): an object with `options`, added to the run's description, and
+    `reader(model, tokenizer, examples, seed)`, which returns the `read` of `fit`.
+    """
     args, is_demo = parse(argv)
     args.device = join_group(choose_device(args))
     if args.shard and ranks()[1] == 1:
@@ -533,7 +550,7 @@ def main(argv=None, change=None):
         return
     job = prepare(args, splits, mode, change)
     print_plan(job, is_demo)
-    before, teacher = measure_and_teach(job)
+    before, teacher = measure_before(job)
     if is_first and mode == "new":
         make_room(job)
     fit(

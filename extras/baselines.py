@@ -25,7 +25,6 @@ import dataclasses
 import math
 import random
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -406,7 +405,6 @@ def unlearn_command(args, forget, retain, is_resumed):
     options = {name: getattr(args, name) for name in RUN_OPTIONS}
     options["dtype"] = str(dtype)
     description = describe(options, args.model, examples)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     report = unlearn(model, examples, args, dtype, description, is_resumed)
     if report["stopped"]:
         print(

@@ -165,6 +165,8 @@ def fit(model, plan, loss, *, lr, seed, weight_decay=WEIGHT_DECAY, clip=1.0, out
     steps = sum(map(len, plan))
     start = 0
     seconds = 0.0
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
     if resume:
         start, seconds = go_on(out, model, optimizer, description)
     step = 0
@@ -433,7 +435,7 @@ def merge_adapter(model, folder):
                 new = tensors[name].to(model.device)
                 check_whole(name, new, weight, model.config)
         except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
+            raise ValueError(f"{folder}: {e}") from None
         weight.data.copy_(new)  # cast once
 
 
@@ -484,8 +486,6 @@ def memorise(args, rows, is_resumed):
     options = {name: getattr(args, name) for name in RUN_OPTIONS}
     options["dtype"] = str(dtype)
     description = describe(options, args.model, examples)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-
     steps, seconds = memorise_rows(model, examples, args, dtype, description, is_resumed)
     report = {
         "method": "finetune",

@@ -169,7 +169,7 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 LLAMA3_NUMBERS = (
     "factor",
     "original_max_position_embeddings",

@@ -79,7 +79,7 @@ def add_options(parser, data=True):
         group.add_argument("--test-retain", help=unseen.format("keep"), **file)
     templates = "sentiment (default), question, a string with {text}, or a file"
     group.add_argument("--template", type=non_empty, metavar="T", help=templates)
-    longest = "tokens of a row without the prompt; longer texts lose their end (1024, paper)"
+    longest = "most tokens in a row, prompt vectors not counted; longer texts are cut (1024, paper)"
     length = {"type": number(int, 2), "default": 1024, "metavar": "N"}
     group.add_argument("--max-length", help=longest, **length)
     group = parser.add_argument_group("hardware")
@@ -91,13 +91,13 @@ def add_options(parser, data=True):
     plain = "the forward pass of model.py, not the faster one of fast.py"
     group.add_argument("--plain", action="store_true", help=plain)
     rows = {"type": number(int, 1), "default": 32, "metavar": "N"}
-    group.add_argument("--batch-size", help="rows (default 32, paper)", **rows)
+    group.add_argument("--batch-size", help="rows in a batch (default 32, paper)", **rows)
 
 
 def add_layer_options(parser):
-    """The options for large models and for speed. They change no result."""
+    """The options for large models and for speed. They change results by rounding at most."""
     group = parser.add_argument_group("large models")
-    recompute = "keep only the input of a layer: far less memory, a third more time"
+    recompute = "keep the layers' inputs only: far less memory, a third more time"
     group.add_argument("--recompute", action="store_true", help=recompute)
     compiled = "torch.compile the layers: a minute first, then faster"
     group.add_argument("--compile", action="store_true", help=compiled)
@@ -155,7 +155,7 @@ def run(main):
 
 
 def outcome(main):
-    """Call main() -> the exit status and a message, if there is one. A bug keeps its traceback."""
+    """Call main() -> the exit status and a message. Other exceptions are bugs, and pass."""
     try:
         main()
     except KeyboardInterrupt as e:
