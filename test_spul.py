@@ -240,6 +240,12 @@ def test_generation_takes_embeddings_in_place_of_the_prompts(kind):
     assert got != llama.generate(prompts, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("texts, n", [([], 3), ([[]], 3), ([[5], []], 3), ([[5]], 0)])
+def test_generation_needs_a_token_in_every_prompt_and_one_to_write(texts, n):
+    with pytest.raises(ValueError, match="needs a token in every prompt"):
+        tiny().generate(texts, None, n)
+
+
 @BOTH
 def test_generation_ends_before_the_end_token(kind):
     llama = tiny(kind=kind, eos_token_id=None)

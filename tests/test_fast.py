@@ -130,6 +130,16 @@ def test_the_frozen_norm_has_the_gradient_of_its_formula():
     torch.testing.assert_close(g, h)
 
 
+def test_the_frozen_norm_leaves_the_gradient_it_is_given_as_it_was():
+    """As after attention, where autograd gives x and norm(y) the same tensor."""
+    norm = FastRMSNorm(16, 1e-5).requires_grad_(False)
+    norm.weight.copy_(torch.linspace(0.5, 2, 16))
+    x, y = (torch.randn(5, 16).requires_grad_() for _ in range(2))
+    g, _ = torch.autograd.grad((x + norm(y)).square().sum(), (x, y))
+    expected = 2 * (x + norm(y)).detach()
+    torch.testing.assert_close(g, expected)
+
+
 def test_a_norm_that_learns_gets_its_weights_gradient():
     norm = FastRMSNorm(16, 1e-5)
     norm(torch.randn(5, 16)).square().sum().backward()

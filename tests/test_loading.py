@@ -18,8 +18,8 @@ from model import Config, Llama
 from support.checks import check_config, parse_row, read_template
 from support.hardware import load_llama, read_config
 from support.tokenizer import Tokenizer
-from tests.helpers import BOTH, ROOT, SHAPES, call, in_two_files, python, reference, save_weights
-from tests.helpers import tiny, tokens_of, write_rows
+from tests.helpers import BOTH, CONFIG, ROOT, SHAPES, call, in_two_files, python, reference
+from tests.helpers import save_weights, tiny, tokens_of, write_rows
 
 # ------------------------------------------------------------------------------------------ weights
 
@@ -303,3 +303,20 @@ def test_a_template_comes_from_a_name_a_string_or_a_file(tmp_path):
     assert read_template(str(tmp_path / "t"), TEMPLATES) == wanted
     assert read_template("Review: {text}\\nVerdict:", TEMPLATES) == wanted
     assert read_template("question", TEMPLATES) == TEMPLATES["question"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+    ],
+)
+def test_the_config_alone_refuses_what_it_cannot_compute(change, message):
+    """Also where model.py was copied without the commands' checks."""
+    raw = {"model_type": "llama", **CONFIG, **change}
+    raw = {name: value for name, value in raw.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(raw)
