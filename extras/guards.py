@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import Example, Row, answer_ids, by_length, collate, make_examples
-from eval import COSTS, METRICS, ask, costs, generator, label_set, measure, run_info, score
-from eval import table, template_of
+from eval import COSTS, METRICS, ask, costs, generator, label_set, measure, score, table
+from eval import template_of
 from extras.finetune import accuracy
 from spul import answer_hidden
 from support.checks import check_text
@@ -419,7 +419,9 @@ def make_guard(args, forget, retain):
     began = time.perf_counter()
     make = make_eco if args.method == "eco" else make_icul
     info, tensors = make(args, model, tokenizer, forget, retain)
-    trainable = sum(tensor.numel() for tensor in tensors.values()) if args.method == "eco" else 0
+    trainable = 0
+    if args.method == "eco":
+        trainable = sum(tensor.numel() for tensor in tensors.values())
     info = {
         "method": args.method,
         "model": args.model,
@@ -562,7 +564,7 @@ def table_command(args, model, tokenizer, guard, info, splits):
         after[name] = measure_guarded(
             model, tokenizer, examples, guard, labels, generic, args.batch_size
         )
-    cost = costs(info or run_info(args.model))
+    cost = costs(info)
     print(table(before, after, GUARD_METRICS))
     if cost:
         print("cost: " + ", ".join(f"{value:,.0f} {COSTS[name]}" for name, value in cost.items()))
