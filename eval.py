@@ -29,15 +29,10 @@ from support.files import check_json_path, fingerprint, read_json, write_json
 from support.hardware import load_model, read_config, row_limit
 
 MAX_LABELS = 50  # more different answers than this are not a label set
-METRICS = {
-    "accuracy": "answers that are the true one",
-    "probability": "of the true answer",
-    "f1": "weighted by the rows of each label",
-    "generic": "answers that are generic",
-    "outside": "answers that are not a label",
-    "commonest": "share of the commonest answer",
-    "rouge_l": "words of the true answer, in order, in the generated one",
-}
+# accuracy: answers that are the true one. probability: of the true answer. f1: weighted by the
+# rows of each label. generic: generic answers. outside: answers that are not a label. commonest:
+# share of the commonest answer. rouge_l: words of the true answer, in order, in the generated one.
+METRICS = ("accuracy", "probability", "f1", "generic", "outside", "commonest", "rouge_l")
 COSTS = {
     "trainable": "parameters trained",
     "steps": "steps",

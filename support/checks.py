@@ -149,33 +149,15 @@ def read_template(value, known):
 
 # ------------------------------------------------------------------------------------- config.json
 
-POSITIVE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "sliding_window",
-    "max_window_layers",
-)
-REQUIRED = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+# What two models of the same shape agree in.
+SHAPE = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"]
+SHAPE += ["num_attention_heads", "num_key_value_heads"]
+POSITIVE_INTEGERS = [*SHAPE, "max_position_embeddings", "sliding_window", "max_window_layers"]
+REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+REQUIRED += ["num_attention_heads"]
 MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
-LLAMA3_NUMBERS = (
-    "factor",
-    "original_max_position_embeddings",
-    "low_freq_factor",
-    "high_freq_factor",
-)
+LLAMA3_NUMBERS = ["factor", "original_max_position_embeddings"]
+LLAMA3_NUMBERS += ["low_freq_factor", "high_freq_factor"]
 
 
 def check_config(path):

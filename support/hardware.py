@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fast import FastLlama, unknown_fields
 from model import Config, Llama, read_weights
-from support.checks import check_config
+from support.checks import SHAPE, check_config
 from support.files import check_complete, weight_files
 from support.processes import any_process, ranks
 from support.tokenizer import Tokenizer
@@ -24,15 +24,6 @@ from support.tokenizer import Tokenizer
 BF16_MARGIN = 1.2  # so many times faster than float32 has bf16 to be, to be taken
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SAME_SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 
 # -------------------------------------------------------------------------------- device and dtype
@@ -154,7 +145,7 @@ def load_llama(folder, dtype, device, plain=False, quantize=None, shard=None):
 def check_same_shape(folder, config):
     """Raises ValueError unless the folder holds a model of the config's shape, and a tokenizer."""
     other = read_config(folder)
-    for name in SAME_SHAPE:
+    for name in SHAPE:
         theirs = getattr(other, name)
         ours = getattr(config, name)
         if theirs != ours:

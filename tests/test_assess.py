@@ -316,7 +316,7 @@ def test_robustness_changes_every_query_and_keeps_the_sides_apart(probing, monke
     }
     assert (
         len(probes.robustness(s, c)) == 12 and len(set(asked[40:])) == 12
-    )  # no template, nothing behind the text
+    )  # no template, nothing after the text
 
 
 def test_attacks_are_measured_on_rows_they_have_not_seen(probing, monkeypatch):
