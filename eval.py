@@ -312,8 +312,13 @@ def table_command(args, model, tokenizer, phi, info, splits):
         before[name] = measure(*common, batch_size=args.batch_size)
         if phi is not None:
             after[name] = measure(*common, phi, batch_size=args.batch_size)
+    report(args, model, info, before, after)
+
+
+def report(args, model, info, before, after, metrics=METRICS, **more):
+    """Print the table and the cost, and write both, and more, to --json."""
     cost = costs(info or run_info(args.model))
-    print(table(before, after))
+    print(table(before, after, metrics))
     if cost:
         print("cost: " + ", ".join(f"{value:,.0f} {COSTS[name]}" for name, value in cost.items()))
     if args.json:
@@ -325,7 +330,7 @@ def table_command(args, model, tokenizer, phi, info, splits):
             "without": before,
             "with": after or None,
         }
-        write_json(args.json, results)
+        write_json(args.json, results | more)
 
 
 def run_info(folder):

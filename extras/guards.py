@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import Example, Row, answer_ids, by_length, collate, make_examples
-from eval import COSTS, METRICS, ask, costs, generator, label_set, measure, score, table
+from eval import METRICS, ask, generator, label_set, measure, report, score
 from eval import template_of
 from extras.finetune import accuracy
 from spul import answer_hidden
@@ -564,20 +564,7 @@ def table_command(args, model, tokenizer, guard, info, splits):
         after[name] = measure_guarded(
             model, tokenizer, examples, guard, labels, generic, args.batch_size
         )
-    cost = costs(info)
-    print(table(before, after, GUARD_METRICS))
-    if cost:
-        print("cost: " + ", ".join(f"{value:,.0f} {COSTS[name]}" for name, value in cost.items()))
-    if args.json:
-        results = {
-            "model": args.model,
-            "prompt": args.prompt,
-            "dtype": str(model.dtype),
-            "cost": cost,
-            "without": before,
-            "with": after,
-        }
-        write_json(args.json, results)
+    report(args, model, info, before, after, GUARD_METRICS)
 
 
 def main(argv=None):

@@ -24,12 +24,12 @@ import math
 from dataclasses import replace
 
 from data import make_examples
-from eval import COSTS, costs, generate_answers, generator, label_set, load_prompts, measure
-from eval import rouge_l, run_info, score, table, template_of
+from eval import generate_answers, generator, label_set, load_prompts, measure
+from eval import report, rouge_l, score, template_of
 from extras.guards import is_guard
 from spul import answer_hidden
 from support.cli import Parser, add_options, check_required, non_empty, read_splits, run, use_demo
-from support.files import check_json_path, fingerprint, write_json
+from support.files import check_json_path, fingerprint
 from support.hardware import check_same_shape, load_model, read_config, row_limit
 
 METRICS = (
@@ -248,27 +248,16 @@ def main(argv=None):
         sides["with"] = measure_side(
             args, model, tokenizer, splits, template, limit, generic, phi
         )
-    print(table(sides["without"], sides.get("with"), METRICS))
     quality = {}
     if args.retrained:
         ratios = retrained_ratios(args, splits["train forget"], template, limit)
         for side, results in sides.items():
             quality[side] = forget_quality(results["train forget"]["ratios"], ratios)
+    before = sides["without"]
+    after = sides.get("with")
+    report(args, model, info, before, after, METRICS, forget_quality=quality or None)
+    if quality:
         print("forget quality: " + " -> ".join(f"{p:.3g}" for p in quality.values()))
-    cost = costs(info or run_info(args.model))
-    if cost:
-        print("cost: " + ", ".join(f"{value:,.0f} {COSTS[name]}" for name, value in cost.items()))
-    if args.json:
-        results = {
-            "model": args.model,
-            "prompt": args.prompt,
-            "dtype": str(model.dtype),
-            "cost": cost,
-            "without": sides["without"],
-            "with": sides.get("with"),
-            "forget_quality": quality or None,
-        }
-        write_json(args.json, results)
 
 
 if __name__ == "__main__":
