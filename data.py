@@ -15,20 +15,58 @@ Letters: B rows, T tokens of the longest, n answer tokens of a row, N answer tok
 
 import os.path
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from support.checks import parse_line
+from support.rows import check_labelled, normalised, read_fields
+
+TEXT = "{text}"
+
+
+# --------------------------------------------------------------------------------------- templates
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around a row's text and its answer.
+
+    string: with {text} once; it ends where the answer starts
+    space: between the two; it belongs to the answer
+    end: after the answer and a part of it, as the token that ends a turn of a chat
+    add_bos: whether the tokenizer's BOS comes first; a chat template writes its own
+    strips: whether white space around the text is dropped
+    system, date: what a chat template was given, if anything
+    chat: the support.templates.Chat that made this, needed for rows of several turns only
+    """
+
+    string: str
+    space: str = " "
+    end: str = ""
+    add_bos: bool = True
+    strips: bool = False
+    system: str = None
+    date: str = None
+    chat: object = field(default=None, compare=False, repr=False)
+
+    def around(self, row):
+        """The parts before and after a row's text, for Tokenizer.encode_parts."""
+        if row.turns and not self.chat:
+            raise ValueError(f"{row.where}: a row of several turns needs --template chat")
+        if row.turns:
+            return self.chat.around(row.turns)
+        before, after = self.string.split(TEXT)
+        return [(before, True)], [(after, True)]
+
 
 TEMPLATES = {
     # the released code's, up to where the answer starts
-    "sentiment": (
+    "sentiment": Template(
         "### Text: {text}\n\n"
         "### Question: What is the sentiment of the given text?\n\n"
         "### Sentiment:"
     ),
-    "question": "### Question: {text}\n\n### Answer:",
+    "question": Template("### Question: {text}\n\n### Answer:"),
 }
 
 
@@ -40,44 +78,45 @@ class Row:
     """A line of a file: a text for the template and its label, or (raw) a prompt and completion."""
 
     text: str
-    label: str
+    label: str  # None where a row to retain has none
     where: str  # file:line
     raw: bool = False  # used as it is: no template, and no space added before the answer
     forget: bool = None  # the row's own flag, if it has one
     paraphrase: str = None  # the answer in other words, if the row has it
     wrong: tuple = ()  # wrong answers of the same form
+    turns: tuple = ()  # (role, content) of what is said before the text
+    is_chat: bool = False  # given as messages
 
     @property
     def key(self):
-        """What makes two rows the same: the text without regard to case and white space."""
-        return " ".join(self.text.casefold().split())
+        """What makes two rows the same: all that is said, but for case and white space."""
+        said = [content for _, content in self.turns]
+        return "\n".join(normalised(text) for text in (*said, self.text))
 
 
-def read_rows(path):
-    """The rows of a JSON Lines file. Raises ValueError, with file:line, for the first bad line."""
-    rows = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            where = f"{path}:{number}"
-            fields = parse_line(line, where)
-            if fields is not None:  # not a blank line
-                rows.append(Row(where=where, **fields))
-    if not rows:
-        raise ValueError(f"{path}: no rows in it")
+def read_rows(path, unlabelled=False):
+    """The rows of a JSON Lines file. Raises ValueError, with file:line, for the first bad line.
+
+    unlabelled: rows may be without a label.
+    """
+    rows = [Row(**fields) for fields in read_fields(path)]
+    if not unlabelled:
+        check_labelled(rows, "such a row")
     return rows
 
 
-def read_sets(forget, retain=None):
+def read_sets(forget, retain=None, unlabelled=False):
     """The forget rows and the retain rows, of two files, or of one with "forget": true or false.
 
-    Without a retain file and without flags there are no retain rows. Raises ValueError where only
-    some rows have the flag, where both a file and flags are given, or where no row is to be
-    forgotten.
+    Without a retain file and without flags there are no retain rows. unlabelled: retain rows may
+    be without a label. Raises ValueError where only some rows have the flag, where both a file and
+    flags are given, or where no row is to be forgotten.
     """
-    rows = read_rows(forget)
+    rows = read_rows(forget, unlabelled=True)
     unflagged = [row for row in rows if row.forget is None]
     if len(unflagged) == len(rows):
-        return rows, read_rows(retain) if retain else []
+        check_labelled(rows, "a row to forget")
+        return rows, read_rows(retain, unlabelled) if retain else []
     if unflagged:
         where = unflagged[0].where
         raise ValueError(f'{where}: no "forget" here, though other rows of the file have it')
@@ -86,7 +125,11 @@ def read_sets(forget, retain=None):
     forget_rows = [row for row in rows if row.forget]
     if not forget_rows:
         raise ValueError(f'{forget}: no row has "forget": true')
-    return forget_rows, [row for row in rows if not row.forget]
+    check_labelled(forget_rows, "a row to forget")
+    retain_rows = [row for row in rows if not row.forget]
+    if not unlabelled:
+        check_labelled(retain_rows, "such a row")
+    return forget_rows, retain_rows
 
 
 # ---------------------------------------------------------------------------------------- examples
@@ -111,18 +154,39 @@ class Example:
         return self.ids[-self.n :]
 
 
-def answer_ids(tokenizer, label, raw=False):
-    """The ids of an answer, with the space before it unless the row is raw."""
-    return tokenizer.encode_inside(label if raw else " " + label)
+def answer_ids(tokenizer, label, template=None, end=True):
+    """The ids of an answer: with the space before it, and with its end. No template: as it is."""
+    if template is None:
+        return tokenizer.encode_inside(label)
+    ids = tokenizer.encode_inside(template.space + label)
+    if end and template.end:
+        ids += tokenizer.encode_parts([(template.end, True)], inside=True)
+    return ids
 
 
-def generic_ids(tokenizer, answer, completion=None):
+def generic_ids(tokenizer, answer, template, completion=None, end=True):
     """The ids of a generic answer; in place of a completion with that one's outer white space."""
     if completion is None:
-        return answer_ids(tokenizer, answer)
+        return answer_ids(tokenizer, answer, template, end)
     before = completion[: len(completion) - len(completion.lstrip())]
     after = completion[len(completion.rstrip()) :]
-    return answer_ids(tokenizer, before + answer + after, raw=True)
+    return answer_ids(tokenizer, before + answer + after)
+
+
+def prompt_ids(row, tokenizer, template, length=None):
+    """The ids before a row's answer, with the first `length` characters of its text.
+
+    BOS stands before them once: also where the template writes it itself.
+    """
+    if row.raw:
+        return tokenizer.bos + tokenizer.encode(row.text[:length])
+    before, after = template.around(row)
+    text = row.text[:length]
+    text = text.strip() if template.strips else text
+    ids = tokenizer.encode_parts([*before, (text, False), *after])
+    n = len(tokenizer.bos)
+    has_bos = not template.add_bos or ids[:n] == tokenizer.bos
+    return ids if has_bos else tokenizer.bos + ids
 
 
 def make_example(row, tokenizer, template, max_length, forget=False, generic=None):
@@ -131,17 +195,16 @@ def make_example(row, tokenizer, template, max_length, forget=False, generic=Non
     A text that is too long for max_length tokens loses its end; template and answer stay whole.
     Raises ValueError where these alone are too long, or where no token comes before the answer.
     """
-    before, after = ("", "") if row.raw else template.split("{text}")
     if generic is None:
-        answer = answer_ids(tokenizer, row.label, row.raw)
+        answer = answer_ids(tokenizer, row.label, None if row.raw else template)
     else:
-        answer = generic_ids(tokenizer, generic, row.label if row.raw else None)
+        answer = generic_ids(tokenizer, generic, template, row.label if row.raw else None)
 
-    def prompt_ids(length):
-        return tokenizer.bos + tokenizer.encode(before + row.text[:length] + after)
+    def ids_of(length):
+        return prompt_ids(row, tokenizer, template, length)
 
-    length = longest_fit(prompt_ids, len(row.text), max_length - len(answer))
-    ids = prompt_ids(length)
+    length = longest_fit(ids_of, len(row.text), max_length - len(answer))
+    ids = ids_of(length)
     if len(ids) + len(answer) > max_length:
         raise ValueError(
             f"{row.where}: template and answer alone are {len(ids) + len(answer)} tokens, over the "
@@ -151,30 +214,34 @@ def make_example(row, tokenizer, template, max_length, forget=False, generic=Non
         raise ValueError(f"{row.where}: an empty prompt, and the tokenizer has no BOS either")
     if not answer:
         raise ValueError(f"{row.where}: the answer has no tokens")
-    span = text_span(ids, tokenizer, before, after)
+    tokenizer.check_table(ids + answer, row.where)
+    span = text_span(ids, row, tokenizer, template)
     example = Example(tuple(ids + answer), len(answer), generic or row.label, forget, span)
     return example, length < len(row.text)
 
 
-def longest_fit(prompt_ids, length, room):
+def longest_fit(ids_of, length, room):
     """The most characters, up to length, whose prompt has at most `room` tokens, by bisection."""
-    if len(prompt_ids(length)) <= room:
+    if len(ids_of(length)) <= room:
         return length
     fits = 0
     too_long = length
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if len(prompt_ids(middle)) <= room:
+        if len(ids_of(middle)) <= room:
             fits = middle
         else:
             too_long = middle
     return fits
 
 
-def text_span(ids, tokenizer, before, after):
+def text_span(ids, row, tokenizer, template):
     """From where to where ids are the row's text: not BOS, nor the template before and after."""
-    start = tokenizer.bos + tokenizer.encode(before)
-    end = tokenizer.encode_inside(after)
+    before, after = ([], []) if row.raw else template.around(row)
+    start = tokenizer.encode_parts(before)
+    if ids[: len(tokenizer.bos)] == tokenizer.bos and start[: len(tokenizer.bos)] != tokenizer.bos:
+        start = tokenizer.bos + start
+    end = tokenizer.encode_parts(after, inside=True)
     first = len(os.path.commonprefix([ids, start]))
     rest = ids[first:]
     common_end = os.path.commonprefix([rest[::-1], end[::-1]])

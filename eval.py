@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import TEMPLATES, Row, answer_ids, generic_ids, make_examples
+from data import Row, answer_ids, generic_ids, make_examples, prompt_ids
 from spul import answer_hidden, load_prompt
-from support.checks import check_text, read_template
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
-from support.files import check_json_path, fingerprint, read_json, write_json
-from support.hardware import load_model, read_config, row_limit
+from support.files import check_json_path, read_json, write_json
+from support.hardware import load_model, read_config, row_limit, window_warning
+from support.rows import check_rows, check_text
+from support.templates import choose_template, template_from_json
 
+MAX_ANSWER = 256  # tokens of an answer in a chat
 MAX_LABELS = 50  # more different answers than this are not a label set
 # accuracy: answers that are the true one. probability: of the true answer. f1: weighted by the
 # rows of each label. generic: generic answers. outside: answers that are not a label. commonest:
@@ -128,7 +130,7 @@ def rouge_l(answer, truth):
 
 
 def generate_answers(tokenizer, examples, generate, batch_size=32):
-    """The first line of the greedy answer to each example's prompt.
+    """The greedy answer to each example's prompt: its first line, if the true answer is one line.
 
     Every row may have as many tokens as the longest true answer of all, so its answer does not
     depend on its batch.
@@ -136,9 +138,10 @@ def generate_answers(tokenizer, examples, generate, batch_size=32):
     longest = max(e.n for e in examples)
     answers = []
     for start in range(0, len(examples), batch_size):
-        prompts = [e.prompt for e in examples[start : start + batch_size]]
-        for ids in generate(prompts, longest):
-            answers.append(tokenizer.decode(ids).strip().split("\n")[0])
+        part = examples[start : start + batch_size]
+        for e, ids in zip(part, generate([e.prompt for e in part], longest)):
+            answer = tokenizer.decode(ids).strip()
+            answers.append(answer if "\n" in e.label.strip() else answer.split("\n")[0])
     return answers
 
 
@@ -194,7 +197,7 @@ def measure(
 # ------------------------------------------------------------------------------------------ tables
 
 
-def label_set(rows, tokenizer, generic):
+def label_set(rows, tokenizer, generic, template):
     """{answer: its ids} of all rows' answers and the generic ones; None if they are sentences.
 
     Sentences: there are more than MAX_LABELS different ones.
@@ -202,9 +205,14 @@ def label_set(rows, tokenizer, generic):
     is_raw = {row.label: row.raw for row in rows}
     if len(is_raw) > MAX_LABELS:
         return None
-    labels = {name: answer_ids(tokenizer, name, is_raw[name]) for name in sorted(is_raw)}
-    completion = rows[0].label if all(is_raw.values()) else None
-    return labels | {name: generic_ids(tokenizer, name, completion) for name in generic}
+    labels = {}
+    for name in sorted(is_raw):
+        around = None if is_raw[name] else template
+        labels[name] = answer_ids(tokenizer, name, around, end=False)
+    completion = rows[0].label if rows and all(is_raw.values()) else None
+    for name in generic:
+        labels[name] = generic_ids(tokenizer, name, template, completion, end=False)
+    return labels
 
 
 def costs(info):
@@ -234,15 +242,15 @@ def table(before, after=None, metrics=METRICS):
 # ------------------------------------------------------------------------------------- the command
 
 
-def load_prompts(folders, config, base_sha256):
+def load_prompts(folders, config, model_folder):
     """Prompts for one model, one after the other -> phi (p, d), and their spul.json as one.
 
-    Raises ValueError if one is not for this model, or if they were trained in different templates.
+    model_folder None: they are not checked against it. Raises ValueError if one is not for this model, or if they were trained in different templates.
     """
     phis = []
     infos = []
     for folder in folders:
-        phi, info = load_prompt(folder, base_sha256)
+        phi, info = load_prompt(folder, model_folder)
         if phi.shape[1] != config.hidden_size:
             raise ValueError(
                 f"{folder}: vectors of width {phi.shape[1]}, the model's is {config.hidden_size}"
@@ -262,36 +270,43 @@ def load_prompts(folders, config, base_sha256):
     return torch.cat(phis), merged
 
 
-def template_of(args, info):
-    """The template of --template, else the prompt's (none where rows were prompts themselves)."""
-    if args.template:
-        return read_template(args.template, TEMPLATES)
+def template_of(args, info, rows=()):
+    """The template of --template, else the prompt's (the bare text where its rows were prompts
+    themselves), else the default for the rows.
+    """
+    trained = None
     if info:
-        return info["template"] or "{text}"
-    return TEMPLATES["sentiment"]
+        trained = template_from_json(info["template"] or "{text}")
+    return choose_template(args, rows, trained)
 
 
-def ask(model, tokenizer, text, template, labels, room, generate):
-    """The greedy answer to one text: a label if there are labels and it is one, else one line."""
-    ids = tokenizer.bos + tokenizer.encode(template.replace("{text}", text))
-    n = max(map(len, labels.values()), default=64)
+def ask(model, tokenizer, row, template, labels, room, generate):
+    """The greedy answer to a row: a label if there are labels and it is one; else one line, or in
+    a chat all that the model says, up to MAX_ANSWER tokens.
+    """
+    ids = prompt_ids(row, tokenizer, template)
+    n = max(map(len, labels.values()), default=MAX_ANSWER if template.end else 64)
+    n = min(n, max(room - len(ids), 1))
     if not ids or len(ids) + n > room:
         raise ValueError(f"--ask: {len(ids)} tokens, but there is room for 1 to {room - n}")
     new = generate([ids], n)[0]
-    return match_answer(new, labels) or tokenizer.decode(new).strip().split("\n")[0]
+    answer = tokenizer.decode(new).strip()
+    return match_answer(new, labels) or (answer if template.end else answer.split("\n")[0])
 
 
 def ask_command(args, model, tokenizer, phi, info):
     """--ask: print the answers without and with the prompt."""
     text = args.ask.replace("\\n", "\n")  # a shell passes \n on as two characters
     check_text(text, "--ask")
-    is_raw = bool(info) and info["template"] is None
+    is_raw = bool(info) and info["template"] is None and not args.template
+    template = template_of(args, info)
     labels = {}
-    if info.get("labels"):
+    if info.get("labels") and not template.end:
         rows = [Row(name, name, "", is_raw) for name in info["labels"]]
-        labels = label_set(rows, tokenizer, info["generic"])
+        labels = label_set(rows, tokenizer, info["generic"], template)
+    row = Row(text, "", "--ask", is_raw)
     room = model.config.max_position_embeddings - (0 if phi is None else len(phi))
-    common = (model, tokenizer, text, template_of(args, info), labels, room)
+    common = (model, tokenizer, row, template, labels, room)
     print(f"without the prompt: {ask(*common, generator(model))}")
     if phi is not None:
         print(f"with the prompt:    {ask(*common, generator(model, phi))}")
@@ -301,13 +316,18 @@ def table_command(args, model, tokenizer, phi, info, splits):
     """Measure every split, print the table, and write it to --json."""
     generic = info.get("generic", [])
     limit = row_limit(args, 0 if phi is None else len(phi))
-    labels = label_set([row for rows in splits.values() for row in rows], tokenizer, generic)
+    all_rows = [row for rows in splits.values() for row in rows]
+    template = template_of(args, info, all_rows)
+    labels = label_set(all_rows, tokenizer, generic, template)
     before = {}
     after = {}
     for name, rows in splits.items():
-        examples, cut = make_examples(rows, tokenizer, template_of(args, info), limit)
+        examples, cut = make_examples(rows, tokenizer, template, limit)
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
+        longest = max(len(e.ids) for e in examples)
+        if phi is not None and (warning := window_warning(model.config, len(phi), longest)):
+            print(f"{name}: {warning}")
         common = (model, tokenizer, examples, labels, generic)
         before[name] = measure(*common, batch_size=args.batch_size)
         if phi is not None:
@@ -362,7 +382,8 @@ def main(argv=None):
     phi = None
     info = {}
     if args.prompt:
-        phi, info = load_prompts(args.prompt, config, fingerprint(args.model))
+        phi, info = load_prompts(args.prompt, config, args.model)
+    check_rows(splits)
     template_of(args, info)  # a bad one is found before the model is loaded
     model, tokenizer = load_model(args)
     if phi is not None:

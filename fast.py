@@ -31,7 +31,9 @@ KNOWN_FIELDS = """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings
     tie_word_embeddings bos_token_id eos_token_id model_type
-    qkv_bias o_bias mlp_bias qk_norm windows
+    qkv_bias o_bias mlp_bias qk_norm norm_after windows uses_rope partial_rotary_factor
+    embedding_multiplier attention_multiplier residual_multiplier logits_scaling
+    stretched_positions
 """.split()
 
 
@@ -103,7 +105,7 @@ class FastMLP(MLP):
 class FastAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
-        if config.qk_norm:
+        if config.qk_norm == "head":
             self.q_norm = FastRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = FastRMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -117,14 +119,14 @@ class FastAttention(Attention):
             q = q.reshape(B, G, group * T, c)
             scores = q @ k.transpose(2, 3)  # (B, G, group T, S)
             scores = scores.view(B, H, T, S)
-            scores = torch.add(mask, scores, alpha=c**-0.5)
+            scores = torch.add(mask, scores, alpha=self.scale or c**-0.5)
             weights = F.softmax(scores, dim=-1)  # (B, H, T, S)
             weights = weights.view(B, G, group * T, S)
             return (weights @ v).view(B, H, T, c)
         # No CUDA kernel of PyTorch takes both a mask and fewer key heads.
         k = k.repeat_interleave(group, dim=1)  # (B, H, S, c)
         v = v.repeat_interleave(group, dim=1)  # (B, H, S, c)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
 
     def joint(self, x, cos, sin, masks, sizes):
         """x (n, d), the prompt once, then the rows of text -> (n, d).
@@ -162,9 +164,10 @@ class FastAttention(Attention):
 class FastLayer(Layer):
     def __init__(self, config):
         super().__init__(config)
-        self.input_layernorm = FastRMSNorm(config.hidden_size, config.rms_norm_eps)
+        for name, module in list(self.named_children()):
+            if isinstance(module, nn.RMSNorm):
+                setattr(self, name, FastRMSNorm(config.hidden_size, config.rms_norm_eps))
         self.self_attn = FastAttention(config)
-        self.post_attention_layernorm = FastRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FastMLP(config)
 
     def forward(self, x, cos, sin, mask, past=None, sizes=None):
@@ -172,8 +175,7 @@ class FastLayer(Layer):
         if sizes is None:
             return super().forward(x, cos, sin, mask, past)
         y = self.self_attn.joint(self.input_layernorm(x), cos, sin, mask, sizes)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.add(x, y)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -201,20 +203,24 @@ class FastLlama(Llama):
         text = tokens if tokens.is_floating_point() else self.embed(tokens)  # (B, T, d)
         B, T, d = text.shape
         x = torch.cat([prompt[0], text.flatten(0, 1)])  # (n, d)
+        x = x * self.config.embedding_multiplier
 
         positions = torch.arange(p + T, device=self.device)[None]  # (1, p + T)
         of_prompt = positions[:, :p]
         of_text = positions[:, p:]
         of_all = torch.cat([of_prompt, of_text.repeat(1, B)], dim=1)  # (1, n)
-        cos, sin = self.rotary(of_all)  # (1, 1, n, c/2) each
-        cos = cos.view(len(x), 1, -1)  # (n, 1, c/2)
+        cos, sin = self.rotary(of_all)  # (1, 1, n, r/2) each
+        cos = cos.view(len(x), 1, -1)  # (n, 1, r/2)
         sin = sin.view(len(x), 1, -1)
+        angles = {True: (cos, sin), False: (None, None)}
         masks = {}
         for window in set(self.config.windows):
             prompt_mask = self.mask(of_prompt, of_prompt, window)  # (1, 1, p, p)
             text_mask = self.mask(of_text, positions, window)  # (1, 1, T, p + T)
             masks[window] = (prompt_mask, text_mask)
 
-        for layer, window in zip(self.layers, self.config.windows):
-            x = layer(x, cos, sin, masks[window], sizes=(p, B, T))  # (n, d)
+        for i, layer in enumerate(self.layers):
+            cos, sin = angles[self.config.uses_rope[i]]
+            mask = masks[self.config.windows[i]]
+            x = layer(x, cos, sin, mask, sizes=(p, B, T))  # (n, d)
         return self.norm(x[p:]).view(B, T, d)

@@ -19,6 +19,7 @@ Letters, used in every shape note:
 
     B rows        T tokens of x        p tokens before it   S = p + T keys
     d width       H query heads        G key/value heads    c width of a head      V vocabulary
+    r elements of a head that RoPE turns, c but for Phi-4-mini
 
 past: keys and values of all earlier tokens. prefix: those of the prompt, and of the tokens with
 which all texts begin. cache: past and this call's.
@@ -39,15 +40,22 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES |= {"phi3": "Phi3", "smollm3": "SmolLM3", "granite": "Granite", "olmo2": "Olmo2"}
 
-# Keys of config.json that change the computation in a way this file does not implement.
-UNSUPPORTED = (
-    "partial_rotary_factor",
-    "rope_interleaved",
-    "num_experts",
-    "num_local_experts",
-    "quantization_config",
-)
+# Keys of config.json that change the computation. A family has those of OWN_KEYS; in all other
+# cases this file does not implement them.
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier")
+MULTIPLIERS += ("logits_scaling",)
+OWN_KEYS = {"phi3": ("partial_rotary_factor",), "granite": MULTIPLIERS}
+UNSUPPORTED = ("rope_interleaved", "num_experts", "num_local_experts", "quantization_config")
+UNSUPPORTED += ("partial_rotary_factor", *MULTIPLIERS)
+
+# The sizes: what two models of the same shape agree in.
+SHAPE = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+SHAPE += ["num_attention_heads", "num_key_value_heads", "head_dim"]
+
+# Weights that Phi-3's files hold as one matrix, and the layers here that share its rows.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 # Padding keys get this position. It is later than any query, so the causal mask hides them.
 PADDING_POSITION = 2**30
@@ -70,7 +78,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict = None
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = 2048  # the longest row, with its prompt
     tie_word_embeddings: bool = False
     bos_token_id: int = None
     eos_token_id: object = None  # one id, or a list of ids
@@ -79,10 +87,18 @@ class Config:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    qk_norm: str = None  # RMSNorm on queries and keys: "head", of each head; "all", of all as one
+    norm_after: bool = False  # RMSNorm after attention and MLP, not before them
     windows: list = None  # of each layer: how many positions a query sees; None: all
+    uses_rope: list = None  # of each layer
+    partial_rotary_factor: float = 1.0  # the part of each head that RoPE turns
+    embedding_multiplier: float = 1.0  # of token embeddings and of phi
+    attention_multiplier: float = None  # of the scores; None: 1 / sqrt(head_dim)
+    residual_multiplier: float = 1.0  # of what a layer adds
+    logits_scaling: float = 1.0  # the divisor of the logits
 
     model_type: str = "llama"  # only to read and write config.json
+    stretched_positions: int = None  # longrope: max_position_embeddings of config.json
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -91,6 +107,8 @@ class Config:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.windows is None:
             self.windows = [None] * self.num_hidden_layers
+        if self.uses_rope is None:
+            self.uses_rope = [True] * self.num_hidden_layers
 
     @classmethod
     def from_file(cls, path):
@@ -113,24 +131,27 @@ class Config:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         for key in UNSUPPORTED:
             value = raw.get(key, rope.get(key))
-            if value not in (None, False, 0, 1.0):
+            if value not in (None, False, 0, 1.0) and key not in OWN_KEYS.get(family, ()):
                 raise ValueError(f"{key} {value!r} is not supported")
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
 
         values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-        has_bias = bool(raw.get("attention_bias"))
-        values["o_bias"] = has_bias and family in ("llama", "qwen3")
-        values["qkv_bias"] = values["o_bias"] or family == "qwen2"
-        values["mlp_bias"] = family == "llama" and bool(raw.get("mlp_bias"))
-        values["qk_norm"] = family == "qwen3"
-        values["windows"] = windows_from_json(raw)
-        # transformers 5 keeps theta and scaling together in rope_parameters
-        values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
-        values["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} or None
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"no {', '.join(missing)}")
+        has_bias = bool(raw.get("attention_bias"))
+        has_mlp_bias = bool(raw.get("mlp_bias"))
+        values["o_bias"] = has_bias and family not in ("mistral", "qwen2", "phi3")
+        values["qkv_bias"] = values["o_bias"] or family == "qwen2"
+        values["mlp_bias"] = has_mlp_bias and family in ("llama", "smollm3", "granite")
+        values["qk_norm"] = {"qwen3": "head", "olmo2": "all"}.get(family)
+        values["norm_after"] = family == "olmo2"
+        if family == "smollm3":
+            values["uses_rope"] = rope_layers_from_json(raw)
+            values.setdefault("tie_word_embeddings", True)
+        values["windows"] = windows_from_json(raw, values.get("uses_rope"))
+        values |= rope_from_json(raw)
         config = cls(**values)
         inverse_frequencies(config)  # raises ValueError for a kind of scaling it does not know
         return config
@@ -139,25 +160,19 @@ class Config:
         """The contents of a `config.json` that `from_json` and transformers read."""
         window = max((w for w in self.windows if w is not None), default=None)
         layer_types = None
-        if window is not None and self.model_type != "mistral":
+        if window is not None and self.model_type not in ("mistral", "phi3"):
             names = {None: "full_attention", window: "sliding_attention"}
             layer_types = [names[w] for w in self.windows]
         raw = {
             "architectures": [f"{FAMILIES[self.model_type]}ForCausalLM"],
             "hidden_act": "silu",
             "torch_dtype": str(dtype).removeprefix("torch."),
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
+            **{name: getattr(self, name) for name in SHAPE},
             "model_type": self.model_type,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
-            "max_position_embeddings": self.max_position_embeddings,
+            "max_position_embeddings": self.stretched_positions or self.max_position_embeddings,
             "attention_bias": self.o_bias,
             "mlp_bias": self.mlp_bias,
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -170,59 +185,149 @@ class Config:
         }
         if self.model_type == "mistral":
             del raw["layer_types"]  # transformers takes a Mistral that has it for another family
+        if self.model_type in ("phi3", "smollm3"):
+            raw["pad_token_id"] = None  # transformers' default may be beyond the vocabulary
+        if self.model_type == "smollm3":
+            raw["no_rope_layers"] = [int(flag) for flag in self.uses_rope]
+        for name in OWN_KEYS.get(self.model_type, ()):
+            raw[name] = getattr(self, name)
+        if self.model_type == "phi3" and self.stretched_positions:  # it has a default there
+            raw[ORIGINAL] = self.rope_scaling[ORIGINAL]
         return raw
 
 
-def windows_from_json(raw):
+def rope_layers_from_json(raw):
+    """A SmolLM3's `config.json` -> of each layer, whether it has RoPE."""
+    n = raw["num_hidden_layers"]
+    flags = raw.get("no_rope_layers")  # in spite of its name, 1 stands for a layer with RoPE
+    if flags is None:
+        flags = [(i + 1) % raw.get("no_rope_layer_interval", 4) for i in range(n)]
+    return [bool(flag) for flag in flags[:n]]
+
+
+def windows_from_json(raw, uses_rope):
     """A `config.json` -> of each layer, how many positions a query sees, itself included."""
     n = raw["num_hidden_layers"]
     window = raw.get("sliding_window")
     family = raw["model_type"]
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         return [window] * n
-    if family == "llama" or not raw.get("use_sliding_window"):
+    if family in ("llama", "granite", "olmo2") or not raw.get("use_sliding_window"):
         return [None] * n
     layer_types = raw.get("layer_types")
     if layer_types is None:
-        full = min(n, raw.get("max_window_layers", 28))
-        layer_types = ["full_attention"] * full + ["sliding_attention"] * (n - full)
+        is_full = uses_rope or [i < raw.get("max_window_layers", 28) for i in range(n)]
+        layer_types = ["full_attention" if full else "sliding_attention" for full in is_full]
     return [window if kind == "sliding_attention" else None for kind in layer_types]
+
+
+def rope_from_json(raw):
+    """A `config.json` -> the fields of Config about RoPE."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    # transformers 5 keeps theta and all else together in rope_parameters
+    rope = {"rope_theta": raw.get("rope_theta", Config.rope_theta), **rope}
+    values = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope or None}
+    part = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor")
+    values["partial_rotary_factor"] = part or 1.0
+    if raw["model_type"] == "phi3" and rope_kind(rope) in ("su", "yarn"):  # its earlier names
+        rope["rope_type"] = "longrope"
+    if rope_kind(rope) in ("llama3", "yarn", "longrope"):
+        longest = raw.get("max_position_embeddings", Config.max_position_embeddings)
+        rope[ORIGINAL] = raw.get(ORIGINAL) or rope.get(ORIGINAL) or longest
+        if rope_kind(rope) == "longrope":
+            values["stretched_positions"] = longest
+            values["max_position_embeddings"] = min(longest, rope[ORIGINAL])
+    return values
 
 
 # ------------------------------------------------------------------------------------------ rotary
 
+ORIGINAL = "original_max_position_embeddings"
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+def rope_kind(scaling):
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
 
 def inverse_frequencies(config, device="cpu"):
-    """The angle per position of each RoPE pair, (c/2,) float32.
+    """The angle per position of each RoPE pair, (r/2,) float32, and a factor for cos and sin.
 
-    Raises ValueError for a kind of scaling other than linear and llama3 (Llama 3.1's, as in Meta's
-    reference code).
+    llama3 is Llama 3.1's scaling, as in Meta's reference code; yarn that of Peng et al., arXiv
+    2309.00071; longrope that of Ding et al., arXiv 2402.13753. With longrope and dynamic, rows
+    longer than the model was first trained on have other frequencies. But here the prompt's keys,
+    computed once, serve rows of every length. So only shorter rows are computed as they should be,
+    and max_position_embeddings ends there.
+
+    Raises ValueError for any other kind of scaling.
     """
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    frequencies = 1.0 / config.rope_theta ** (pairs / config.head_dim)  # (c/2,)
+    r = int(config.head_dim * config.partial_rotary_factor)
+    pairs = torch.arange(0, r, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / config.rope_theta ** (pairs / r)  # (r/2,)
     scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return frequencies
+    kind = rope_kind(scaling)
+    scale = scaling.get("attention_factor")
+    if kind in ("default", "dynamic"):
+        return frequencies, 1.0
     if kind == "linear":
-        return frequencies / scaling["factor"]
-    if kind != "llama3":
-        raise ValueError(f"rope type {kind!r} is not supported (default, linear and llama3 are)")
-    # Turns that each pair makes within the length the model was first trained on.
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low = scaling["low_freq_factor"]
-    high = scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay; 0: slow pairs stretch
-    return frequencies * keep + frequencies / scaling["factor"] * (1 - keep)
+        return frequencies / scaling["factor"], 1.0
+    if kind == "longrope":
+        if scale is None:
+            factor = scaling.get("factor") or config.stretched_positions / scaling[ORIGINAL]
+            scale = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(scaling[ORIGINAL]))
+        return frequencies / torch.tensor(scaling["short_factor"], device=device), scale
+    if kind == "llama3":
+        # Turns that each pair makes within the length the model was first trained on.
+        turns = scaling[ORIGINAL] * frequencies / (2 * math.pi)
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        keep = (turns - low) / (high - low)
+        scale = 1.0
+    elif kind == "yarn":
+        if scaling.get("mscale_all_dim"):
+            raise ValueError("rope type 'yarn' with mscale_all_dim is not supported")
+        low, high = yarn_bounds(config, r)
+        keep = 1 - (pairs / 2 - low) / (high - low or 0.001)
+        scale = scale or 0.1 * math.log(max(scaling["factor"], 1.0)) + 1
+    else:
+        raise ValueError(f"rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)} are)")
+    keep = keep.clamp(0, 1)  # 1: fast pairs stay; 0: slow pairs stretch
+    return frequencies * keep + frequencies / scaling["factor"] * (1 - keep), scale
+
+
+def yarn_bounds(config, r):
+    """The last pair that stays as it is, and the first that stretches fully; both may be between.
+
+    They are those that make beta_fast and beta_slow turns within the original length.
+    """
+    scaling = config.rope_scaling
+    length = scaling[ORIGINAL] / (2 * math.pi)
+    pairs = r / (2 * math.log(config.rope_theta))
+    low = pairs * math.log(length / (scaling.get("beta_fast") or 32))
+    high = pairs * math.log(length / (scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    return max(low, 0), min(high, r - 1)
 
 
 def rotate(x, cos, sin):
-    """RoPE on x (..., c), with cos and sin (..., c/2) of each token's angles."""
-    left, right = x.chunk(2, dim=-1)  # (..., c/2) each
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)  # (..., c)
+    """RoPE on the first r elements of x (..., c), with cos and sin (..., r/2); no RoPE for None."""
+    if cos is None:
+        return x
+    half = cos.shape[-1]
+    left, right, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)  # rest: (..., c - r)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], dim=-1)  # (..., c)
 
 
 # ------------------------------------------------------------------------------------------ layers
+
+
+class NormOfAll(nn.RMSNorm):
+    """RMSNorm of all heads as one: x (..., heads, c) -> the same shape."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(-2)).view(x.shape)
 
 
 class Attention(nn.Module):
@@ -233,20 +338,25 @@ class Attention(nn.Module):
         H = config.num_attention_heads
         G = config.num_key_value_heads
         self.head_dim = c
+        self.scale = config.attention_multiplier
         self.q_proj = nn.Linear(d, H * c, bias=config.qkv_bias)
         self.k_proj = nn.Linear(d, G * c, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, G * c, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * c, d, bias=config.o_bias)
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
-        if config.qk_norm:
+        if config.qk_norm == "head":
             self.q_norm = nn.RMSNorm(c, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c, config.rms_norm_eps)
+        if config.qk_norm == "all":
+            self.q_norm = NormOfAll(H * c, config.rms_norm_eps)
+            self.k_norm = NormOfAll(G * c, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, past=None):
         """x (B, T, d) -> (B, T, d), and keys and values of all tokens so far, (B, G, S, c) each.
 
-        cos, sin: (1 or B, 1, T, c/2). mask: (1 or B, 1, T, S), True where a query sees a key.
+        cos, sin: (1 or B, 1, T, r/2), or None: no RoPE. mask: (1 or B, 1, T, S), True where a query
+        sees a key.
         past: keys and values of the tokens before x, (1 or B, G, p, c) each. The prompt's serve all
         rows; its gradient is then the sum over the rows.
         """
@@ -266,8 +376,11 @@ class Attention(nn.Module):
         return self.o_proj(y), (k, v)
 
     def attend(self, q, k, v, mask):
-        """softmax(q k' / sqrt(c)) v, each key head serving H/G query heads -> (B, H, T, c)."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        """softmax(scale q k') v, each key head serving H/G query heads -> (B, H, T, c).
+
+        scale None: 1 / sqrt(c).
+        """
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=True)
 
 
 class MLP(nn.Module):
@@ -285,17 +398,29 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.norm_after = config.norm_after
+        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        if config.norm_after:
+            self.input_layernorm = nn.Identity()
+            self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, past=None):
         """x (B, T, d) -> (B, T, d), and keys and values. The arguments are those of Attention."""
         y, kv = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
-        x = x + y
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, kv
+        return self.add(x, y), kv
+
+    def add(self, x, y):
+        """The layer's input x and its attention's output y (..., d) -> its output (..., d)."""
+        if self.norm_after:
+            x = x + self.post_attention_layernorm(y)
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        x = torch.add(x, y, alpha=self.residual_multiplier)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return torch.add(x, y, alpha=self.residual_multiplier)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -326,7 +451,7 @@ class Llama(nn.Module):
         return self.head(self.hidden(tokens, prefix))
 
     def embed(self, tokens):
-        """tokens (B, T) -> the first layer's input (B, T, d). phi is one already."""
+        """tokens (B, T) -> their embeddings (B, T, d). phi is in their place."""
         return self.embed_tokens(tokens)
 
     def run(self, x, past=None, positions=None, key_positions=None):
@@ -342,20 +467,24 @@ class Llama(nn.Module):
             p = past[0][0].shape[2] if past else 0
             key_positions = torch.arange(p + x.shape[1], device=x.device)[None]  # (1, S)
             positions = key_positions[:, p:]  # (1, T)
-        cos, sin = self.rotary(positions)
+        x = x * self.config.embedding_multiplier
+        angles = {True: self.rotary(positions), False: (None, None)}
         masks = {w: self.mask(positions, key_positions, w) for w in set(self.config.windows)}
         cache = []
         for i, layer in enumerate(self.layers):
+            cos, sin = angles[self.config.uses_rope[i]]
             mask = masks[self.config.windows[i]]
             x, kv = layer(x, cos, sin, mask, past[i] if past else None)
             cache.append(kv)
         return self.norm(x), cache
 
     def rotary(self, positions):
-        """positions (B, T) -> cos and sin of each token's angles, (B, 1, T, c/2) each."""
-        inv_freq = inverse_frequencies(self.config, positions.device)
-        angles = positions[:, None, :, None] * inv_freq  # (B, 1, T, c/2), float32
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        """positions (B, T) -> cos and sin of each token's angles, (B, 1, T, r/2) each."""
+        inv_freq, factor = inverse_frequencies(self.config, positions.device)
+        angles = positions[:, None, :, None] * inv_freq  # (B, 1, T, r/2), float32
+        cos = angles.cos() * factor
+        sin = angles.sin() * factor
+        return cos.to(self.dtype), sin.to(self.dtype)
 
     def mask(self, positions, key_positions, window):
         """(B, T) and (B, S) -> (B, 1, T, S), True where a query may look.
@@ -409,7 +538,7 @@ class Llama(nn.Module):
     def head(self, h):
         """Final-norm outputs (..., d) -> logits (..., V), float32."""
         table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(h, table.weight).float()
+        return F.linear(h / self.config.logits_scaling, table.weight).float()
 
     # ---------------------------------------------------------------------------------- generation
 
@@ -493,7 +622,7 @@ class Llama(nn.Module):
         surplus or of the wrong shape.
         """
         model = cls.on_meta(Config.from_file(Path(folder) / "config.json"))
-        weights = {name: t.to(device, dtype) for name, t in read_weights(folder)}
+        weights = {name: t.to(device, dtype) for name, t in read_weights(folder, model.config)}
         model.load_weights(weights)
         return model
 
@@ -504,16 +633,18 @@ class Llama(nn.Module):
             return cls(config).requires_grad_(False)
 
     def load_weights(self, weights):
-        """Take the tensors of {name: tensor} as they are. All have to be there, and no others."""
-        if self.config.tie_word_embeddings:
-            table = weights.get("embed_tokens.weight")
-            head = weights.pop("lm_head.weight", table)
-            if table is not None and not torch.equal(head, table):
+        """Take the tensors of {name: tensor} as they are. All have to be there, and no others.
+
+        One table is enough where config.json ties embedding and head.
+        """
+        if self.config.tie_word_embeddings and "lm_head.weight" in weights:
+            head = weights.pop("lm_head.weight")
+            if not torch.equal(head, weights.setdefault("embed_tokens.weight", head)):
                 raise ValueError("lm_head.weight is not the embedding, but config.json ties them")
         self.load_state_dict(weights, assign=True)
 
 
-def read_weights(folder):
+def read_weights(folder, config):
     """Yield the name and the tensor, mapped, of each weight in a folder's safetensors files.
 
     The commands check the folder first (support/files.py), and say in words what is wrong with it.
@@ -528,4 +659,17 @@ def read_weights(folder):
         with safe_open(file, framework="pt") as f:
             for name in f.keys():
                 if not name.endswith("rotary_emb.inv_freq"):  # constants that old files carry
-                    yield name.removeprefix("model."), f.get_tensor(name)
+                    yield from split_fused(name.removeprefix("model."), f.get_tensor(name), config)
+
+
+def split_fused(name, tensor, config):
+    """Yield a weight's name and tensor; of a fused one those of its parts, views of it."""
+    q = config.num_attention_heads * config.head_dim  # rows
+    k = config.num_key_value_heads * config.head_dim
+    cuts = {"qkv_proj": [q, q + k], "gate_up_proj": [config.intermediate_size]}
+    fused = name.split(".")[-2:][0]
+    if fused not in FUSED:
+        yield name, tensor
+        return
+    for part, rows in zip(FUSED[fused], tensor.tensor_split(cuts[fused])):
+        yield name.replace(fused, part), rows

@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 
 from data import by_length, collate, common_prefix
 from support.files import read_json, write_json, write_tensors
+from support.identity import check_fingerprint
 from support.processes import ranks, sum_over_processes
-from support.state import STATE
+from support.state import STATE, run_folder
 
 
 # -------------------------------------------------------------------------------------- the prompt
@@ -178,16 +179,16 @@ def save_prompt(folder, phi, config, info):
     write_json(folder / "spul.json", {"format": "spul 1", "p": p, "d": d, **info})
 
 
-def load_prompt(folder, base_sha256=None):
+def load_prompt(folder, model_folder=None):
     """A prompt folder -> phi (p, d) float32, and the contents of spul.json.
 
-    Raises ValueError or OSError if it is not a finished prompt, or if it was trained on a model
-    whose fingerprint is not base_sha256 (None: any model).
+    Raises ValueError or OSError if it is not a finished prompt, or if it was trained on another
+    model than the one in model_folder (None: not checked).
     """
     folder = Path(folder)
     if not (folder / "spul.json").is_file():
         reason = "not a prompt folder"
-        if (folder / STATE).exists():
+        if (run_folder(folder) / STATE).exists():
             reason = "its training has not finished: train.py --resume"
         raise FileNotFoundError(f"{folder}: no spul.json: {reason}")
     info = read_json(folder / "spul.json")
@@ -200,17 +201,15 @@ def load_prompt(folder, base_sha256=None):
     if list(phi.shape) != [info.get("p"), info.get("d")] or not phi.isfinite().all():
         shape = tuple(phi.shape)
         raise ValueError(f"{file}: prompt_embeddings {shape}: not as spul.json says, or not finite")
-    if base_sha256 and info.get("base_sha256") != base_sha256:
-        raise ValueError(
-            f"{folder}: trained on another model ({info.get('model')}), and does not fit this one"
-        )
+    if model_folder:
+        check_fingerprint(info.get("base_sha256"), model_folder, folder)
     return phi, info
 
 
 def check_prompt_info(info, file):
     """Raises ValueError if the contents of spul.json are not as train.py writes them."""
     template = info.get("template", 0)  # None where the rows were prompts themselves
-    is_whole = info.get("format") == "spul 1" and (template is None or isinstance(template, str))
+    is_whole = info.get("format") == "spul 1" and isinstance(template, str | dict | None)
     for words in (info.get("generic"), info.get("labels") or []):
         is_list = isinstance(words, list)
         is_whole = is_whole and is_list and all(isinstance(word, str) for word in words)

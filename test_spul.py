@@ -20,12 +20,12 @@ import data
 import eval as evaluate
 import spul
 import train
-from data import Row, collate, epoch_batches, make_example, make_examples, read_rows
+from data import Row, Template, collate, epoch_batches, make_example, make_examples, read_rows
 from fast import FastLlama
 from model import Llama
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
-from support.checks import parse_row
-from support.files import fingerprint
+from support.rows import parse_row
+from support.identity import fingerprint
 from support.hardware import load_llama
 from support.tokenizer import Tokenizer
 from tests.helpers import BOTH, SHAPES, concatenated, logged, make_rows, phi_of, reference
@@ -290,7 +290,7 @@ def test_both_tokenizers_give_the_answer_the_space_before_it(tokenizer, bpe_fold
     bpe = Tokenizer(bpe_folder)
     answers = {tokenizer: tokenizer.encode("positive"), bpe: bpe.encode(" positive")}
     for tok, answer in answers.items():
-        example, _ = make_example(Row("good", "positive", "x:1"), tok, "{text} ->", 50)
+        example, _ = make_example(Row("good", "positive", "x:1"), tok, Template("{text} ->"), 50)
         assert list(example.ids) == tok.bos + tok.encode("good ->") + answer
     assert tokenizer.bos == [1]
     assert bpe.bos == [0]
@@ -312,14 +312,14 @@ def test_a_generic_answer_takes_the_white_space_of_the_completion_it_replaces(to
         row = Row("who?", completion, "", raw=True)
         example, _ = make_example(row, tokenizer, None, 99, True, "nobody")
         assert list(example.answer) == tokenizer.encode_inside(expected)
-        labels = evaluate.label_set([row], tokenizer, ["nobody"])
+        labels = evaluate.label_set([row], tokenizer, ["nobody"], None)
         assert labels["nobody"] == list(example.answer)
 
 
 def test_a_long_text_loses_its_end_and_neither_template_nor_answer(tokenizer):
     row = Row(" ".join(f"{i}st" for i in range(500)), "positive", "x:1")
     example, is_cut = make_example(row, tokenizer, SENTIMENT, 64)
-    before, after = SENTIMENT.split("{text}")
+    before, after = SENTIMENT.string.split("{text}")
     text = tokenizer.decode(list(example.ids[1:]))
     assert is_cut
     assert 60 <= len(example.ids) <= 64
@@ -329,7 +329,7 @@ def test_a_long_text_loses_its_end_and_neither_template_nor_answer(tokenizer):
 
 def test_an_answer_longer_than_the_limit_is_refused(tokenizer):
     with pytest.raises(ValueError, match="x:7: template and answer alone.*--max-length"):
-        make_example(Row("a", "no " * 100, "x:7"), tokenizer, "{text}:", 64)
+        make_example(Row("a", "no " * 100, "x:7"), tokenizer, Template("{text}:"), 64)
 
 
 def test_an_example_knows_which_of_its_tokens_are_the_texts_own(tokenizer, bpe_folder):
@@ -587,7 +587,7 @@ def test_peft_loads_the_prompt_folder_and_gives_the_same_logits(folder, trained)
     theirs = peft.PeftModel.from_pretrained(hf, trained)
     llama = Llama.from_pretrained(folder)
     tokens = tokens_of(3, 14)
-    phi, _ = spul.load_prompt(trained, fingerprint(folder))
+    phi, _ = spul.load_prompt(trained, folder)
     with torch.no_grad():
         ours = llama(tokens, llama.prefix(phi))
         expected = theirs(input_ids=tokens).logits[:, 4:]
@@ -599,7 +599,7 @@ def test_a_saved_prompt_comes_back_bit_for_bit(tmp_path):
     phi = vectors(6).detach()
     info = {"model": "m", "base_sha256": "x", "template": None, "generic": []}
     spul.save_prompt(tmp_path, phi, tiny().config, info)
-    again, found = spul.load_prompt(tmp_path, "x")
+    again, found = spul.load_prompt(tmp_path)
     assert torch.equal(again, phi)
     assert (found["p"], found["d"], found["model"]) == (6, 32, "m")
 
@@ -640,7 +640,7 @@ def test_measures_equal_those_of_generated_answers(kind, folder, tokenizer):
     phi = vectors(4).detach()
     prefix = llama.prefix(phi)
     rows = [Row(r["text"], r["label"], "") for r in make_rows(30, ["a", "b"], 1)]
-    examples, _ = make_examples(rows, tokenizer, "{text}", 64)
+    examples, _ = make_examples(rows, tokenizer, Template("{text}"), 64)
     # The answers that this random model really gives, some of two tokens, are the label set.
     greedy = llama.generate([e.prompt for e in examples], prefix, 2)
     labels = {"long": greedy[0], "short": greedy[1][:1], "never": [3, 4]}
@@ -683,7 +683,7 @@ def test_the_trained_prompt_is_measured_alike_on_both_forward_passes(folder, fil
     tok = Tokenizer(folder)
     rows = read_rows(files["retain"])
     examples, _ = make_examples(rows, tok, SENTIMENT, 508)
-    labels = evaluate.label_set(rows, tok, ["neutral", "unknown"])
+    labels = evaluate.label_set(rows, tok, ["neutral", "unknown"], SENTIMENT)
     phi, _ = spul.load_prompt(trained)
     found = []
     for plain in (True, False):

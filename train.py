@@ -28,19 +28,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, collate, common_prefix, epoch_batches, make_examples, read_rows
+from data import collate, common_prefix, epoch_batches, make_examples
 from eval import label_set, measure, table
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
-from support.checks import check_disjoint, check_generic, read_generic, read_template
+from support.checks import check_generic, read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
 from support.cli import number, read_splits, run, use_demo
-from support.files import fingerprint, write_text
+from support.files import write_text
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
+from support.identity import fingerprint
 from support.plan import print_plan
-from support.processes import any_process, gather_full, join_group, ranks, shard, sum_over_processes
-from support.self_written import write_retain
+from support.processes import any_process, gather_full, join_group, ranks, shard
+from support.processes import sum_over_processes
+from support.rows import check_rows
+from support.self_written import own_retain, row_to_json
 from support.state import LOG, STATE, WRITTEN, check_out, check_same_run, clear_run, load_state
-from support.state import read_run, save_state, stopped_message
+from support.state import read_run, run_folder, save_state, stopped_message
+from support.templates import choose_template, template_to_json
 
 # The optimizer of the released code: AdamW, weight decay 1e-3, the gradient's norm clipped at 0.3,
 # a learning rate that rises over the first tenth of the steps, then falls to 0 along half a cosine.
@@ -316,7 +320,6 @@ def parse(argv):
     is_demo = use_demo(args)
     check_required(args, "model", "forget")
     args.out = args.out or (str(DEMO / "prompt") if is_demo else "prompt")
-    args.template = read_template(args.template or "sentiment", TEMPLATES)
     args.generic = read_generic(args.generic)
     if args.forget_per_batch and args.forget_per_batch >= args.batch_size:
         raise ValueError(
@@ -347,16 +350,17 @@ class Job:
     objective: Objective
     description: dict
     cut: int  # texts that were cut
-    is_retain_written: bool  # by the model itself
+    written: list  # retain rows that the model wrote or labelled itself, kept beside the prompt
     read: object = None  # see `fit`
 
 
 def read_data(args):
     """The rows of each split, checked; retain rows may still be missing."""
-    splits = read_splits(args)
+    splits = read_splits(args, unlabelled=True)
     for rows in splits.values():
         check_generic(rows, args.generic)
-    check_disjoint(splits["train forget"], splits.get("train retain", []))
+    check_rows(splits)
+    args.template = choose_template(args, [row for rows in splits.values() for row in rows])
     if "train retain" not in splits:
         if ranks()[1] > 1:
             raise ValueError("--retain FILE is missing: only a single process writes a retain set")
@@ -368,33 +372,17 @@ def read_data(args):
     return splits
 
 
-def written_retain(args, forget, model, tokenizer):
-    """The retain rows that the model writes, or has written in an earlier part of this run."""
-    file = Path(args.out) / WRITTEN
-    if file.exists() and args.resume:
-        return read_rows(file)
-    print(
-        f"no --retain: the model writes {args.write_retain} texts and labels them itself (kept in "
-        f"{file}). Real rows are better: these keep what the model says, not what you will ask.",
-        flush=True,
-    )
-    limit = row_limit(args, args.num_tokens)
-    return write_retain(
-        model, tokenizer, args.template, args.write_retain, forget, args.generic, limit, args.seed
-    )
-
-
 def prepare(args, splits, mode, change=None):
     """Load the model, make examples and the prompt, and check a resumed run -> Job."""
-    base_sha256 = fingerprint(args.model)
     if mode == "resume" and args.dtype == "auto":
-        earlier = read_run(args.out)[1]["options"]["dtype"]
+        earlier = read_run(run_folder(args.out))[1]["options"]["dtype"]
         args.dtype = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[earlier]
     model, tokenizer = load_model(args, shard if args.shard else None)
     prepare_layers(model, args)
-    is_retain_written = "train retain" not in splits
-    if is_retain_written:
-        splits["train retain"] = written_retain(args, splits["train forget"], model, tokenizer)
+    base_sha256 = fingerprint(args.model)
+    written = own_retain(args, splits, model, tokenizer)
+    if written:
+        splits["train retain"] = written
 
     limit = row_limit(args, args.num_tokens)
     measured = {}
@@ -411,7 +399,7 @@ def prepare(args, splits, mode, change=None):
 
     all_rows = [row for rows in splits.values() for row in rows]
     torch.manual_seed(args.seed)
-    embeddings = gather_full(model.embed_tokens.weight)  # (V, d)
+    embeddings = gather_full(model.embed_tokens.weight)[: tokenizer.count]  # (V, d), no padding
     width = model.config.hidden_size
     prompt = SoftPrompt(args.num_tokens, width, args.encoder_hidden, embeddings).to(model.device)
     job = Job(
@@ -421,7 +409,7 @@ def prepare(args, splits, mode, change=None):
         rows=splits,
         measured=measured,
         examples=examples,
-        labels=label_set(all_rows, tokenizer, args.generic),
+        labels=label_set(all_rows, tokenizer, args.generic, args.template),
         prompt=prompt,
         plan=[
             epoch_batches(examples, args.batch_size, args.seed, epoch, args.forget_per_batch)
@@ -430,13 +418,13 @@ def prepare(args, splits, mode, change=None):
         objective=Objective(**{name: getattr(args, name) for name in OBJECTIVE}),
         description=describe(args, model, examples, base_sha256),
         cut=cut,
-        is_retain_written=is_retain_written,
+        written=written,
     )
     if change:
         job.description["options"] |= change.options
         job.read = change.reader(model, tokenizer, examples, args.seed)
     if mode == "resume":
-        earlier = read_run(args.out)[1]
+        earlier = read_run(run_folder(args.out))[1]
         check_same_run(args.out, flat(earlier), flat(job.description))
     return job
 
@@ -445,6 +433,7 @@ def describe(args, model, examples, base_sha256):
     """What makes a run the same run, and so what a resumed one has to agree with."""
     options = {name: getattr(args, name) for name in (*OBJECTIVE, *RUN_OPTIONS)}
     options["dtype"] = str(model.dtype)
+    options["template"] = template_to_json(args.template)
     data_sha256 = hashlib.sha256(repr(examples).encode()).hexdigest()
     return {"base_sha256": base_sha256, "options": options, "data_sha256": data_sha256}
 
@@ -492,10 +481,9 @@ def make_room(job):
     """Clear --out for a new run, after all input is checked and all processes have looked at it."""
     out = Path(job.args.out)
     clear_run(out)
-    if job.is_retain_written:
-        rows = job.rows["train retain"]
-        lines = [json.dumps({"text": row.text, "label": row.label}) + "\n" for row in rows]
-        write_text(out / WRITTEN, "".join(lines))
+    if job.written:
+        lines = [json.dumps(row_to_json(row)) + "\n" for row in job.written]
+        write_text(run_folder(out) / WRITTEN, "".join(lines))
 
 
 def finish(job, before):
@@ -508,13 +496,14 @@ def finish(job, before):
         return
     print(table(before, after))
     all_rows = [row for rows in job.rows.values() for row in rows]
-    log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    run = run_folder(out)
+    log = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
     info = {
         "model": args.model,
         "base_sha256": job.description["base_sha256"],
         "generic": args.generic,
-        "template": None if all(row.raw for row in all_rows) else args.template,
-        "labels": job.labels and [name for name in job.labels if name not in args.generic],
+        "template": None if all(row.raw for row in all_rows) else template_to_json(args.template),
+        "labels": kept_labels(job),
         "options": job.description["options"],
         "seed": args.seed,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -525,10 +514,16 @@ def finish(job, before):
         "results": {"without": before, "with": after},
     }
     save_prompt(out, phi, job.model.config, info)
-    (out / STATE).unlink(missing_ok=True)
+    (run / STATE).unlink(missing_ok=True)
     print(
         f"prompt in {out}. The weights have not changed: without the prompt all of it is back."
     )
+
+
+def kept_labels(job):
+    """The label set, for spul.json: without answers that only rows to forget have."""
+    kept = {row.label for row in job.rows["train retain"]}
+    return job.labels and [name for name in job.labels if name in kept]
 
 
 def main(argv=None, change=None):
@@ -561,7 +556,7 @@ def main(argv=None, change=None):
         job.plan,
         args.lr,
         job.objective,
-        Path(args.out),
+        run_folder(args.out),
         job.description,
         resume=mode == "resume",
         read=job.read,

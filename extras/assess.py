@@ -21,17 +21,19 @@ import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from data import TEMPLATES, read_rows
-from eval import label_set, load_prompts, run_info
+from data import read_rows
+from eval import label_set, load_prompts, run_info, template_of
 from extras.guards import is_guard
 from extras.probes import ATTACK, PARTS, SAMPLES, Setting, Subject
-from support.checks import check_disjoint, read_template
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, number, read_splits
 from support.cli import run, use_demo
-from support.files import check_json_path, fingerprint, read_json, write_json
+from support.files import check_json_path, read_json, write_json
 from support.hardware import DTYPES, check_same_shape, choose_dtype, load_model, read_config
 from support.hardware import row_limit
-from support.state import STATE
+from support.identity import fingerprint
+from support.rows import check_disjoint
+from support.state import STATE, run_folder
+from support.templates import read_template, template_to_json
 
 COLUMNS = ("before", "with", "retrained")
 SPLITS = ("train forget", "train retain", "test forget", "test retain")
@@ -259,7 +261,7 @@ def read_args(argv):
     if args.quantize:
         raise ValueError("--quantize: the part quantised rounds the weights itself")
     check_json_path(args.json)
-    args.unrelated_template = read_template(args.unrelated_template, TEMPLATES)
+    args.unrelated_template = read_template(args.unrelated_template, args.model)
     return args
 
 
@@ -292,7 +294,7 @@ class Candidate:
     Raises ValueError or OSError if it does not belong to the model.
     """
 
-    def __init__(self, args, config, base_sha256):
+    def __init__(self, args, config):
         self.folder = Path(args.prompt)
         if is_guard(self.folder):
             raise ValueError(
@@ -300,29 +302,23 @@ class Candidate:
                 "measures them"
             )
         is_model = (self.folder / "config.json").exists()
-        is_run = (self.folder / "spul.json").exists() or (self.folder / STATE).exists()
+        is_run = (self.folder / "spul.json").exists() or (run_folder(self.folder) / STATE).exists()
         self.is_prompt = is_run or not is_model
         self.phi = None
         if self.is_prompt:
-            self.phi, self.info = load_prompts([self.folder], config, base_sha256)
+            self.phi, self.info = load_prompts([self.folder], config, args.model)
             self.sha256 = hashlib.sha256(self.phi.numpy().tobytes()).hexdigest()
         else:
             check_same_shape(self.folder, config)
             self.info = run_info(self.folder)
             self.sha256 = fingerprint(self.folder)
 
-    def template(self, args):
-        """The template of --template, else the one it was trained in.
-
-        It has none if its rows were prompts themselves.
-        """
-        options = self.info if self.is_prompt else self.info.get("options")
-        template = ""
-        if isinstance(options, dict):
-            template = options.get("template", "")
-        if template is None:
-            return "{text}"
-        return read_template(args.template or template or "sentiment", TEMPLATES)
+    def template(self, args, rows):
+        """The template of --template, else the one it was trained in."""
+        info = self.info if self.is_prompt else self.info.get("options")
+        if not isinstance(info, dict) or "template" not in info:
+            info = {}
+        return template_of(args, info, rows)
 
 
 def describe(args, candidate, base_sha256, rows, unrelated):
@@ -332,9 +328,9 @@ def describe(args, candidate, base_sha256, rows, unrelated):
         "prompt": candidate.sha256,
         "retrained": fingerprint(args.retrained) if args.retrained else None,
         "rows": digest([*rows.values(), unrelated]),
-        "template": args.template,
+        "template": template_to_json(args.template),
         "dtype": str(choose_dtype(args)),
-        "unrelated_template": args.unrelated_template,
+        "unrelated_template": template_to_json(args.unrelated_template),
         "max_length": args.max_length,
         "seed": args.seed,
     }
@@ -405,7 +401,8 @@ def folders_of(args, candidate):
 
 
 def make_setting(args, candidate, rows, unrelated, tokenizer):
-    labels = label_set([row for split in rows.values() for row in split], tokenizer, [])
+    all_rows = [row for split in rows.values() for row in split]
+    labels = label_set(all_rows, tokenizer, [], args.template)
     p = ATTACK["q"]
     if candidate.is_prompt:
         p += len(candidate.phi)
@@ -432,10 +429,10 @@ def main(argv=None):
     unrelated = read_rows(args.unrelated) if args.unrelated else []
     config = read_config(args.model)
     base_sha256 = fingerprint(args.model)
-    candidate = Candidate(args, config, base_sha256)
+    candidate = Candidate(args, config)
     if args.retrained:
         check_same_shape(args.retrained, config)
-    args.template = candidate.template(args)
+    args.template = candidate.template(args, [row for part in splits.values() for row in part])
     draw = random.Random(f"rows {args.seed}")
     rows = {name: draw.sample(splits[name], min(args.rows, len(splits[name]))) for name in SPLITS}
     unrelated = draw.sample(unrelated, min(args.rows, len(unrelated)))

@@ -29,14 +29,16 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from data import TEMPLATES, collate, common_prefix, epoch_batches, make_examples, read_sets
+from data import collate, common_prefix, epoch_batches, make_examples, read_sets
 from extras.finetune import Lora, accuracy, add_lora_options, check_model_out, describe, fit
 from extras.finetune import make_trainable, memorise, run_dtype, save_model, swap
 from extras.guards import KINDS, add_guard_options, make_guard, read_target
 from spul import answer_hidden
-from support.checks import check_disjoint, check_generic, read_generic, read_template
+from support.checks import check_generic, read_generic
 from support.cli import Parser, add_options, check_required, non_empty, number, run
 from support.hardware import load_llama, load_model, peak_memory, row_limit
+from support.rows import check_disjoint
+from support.templates import choose_template, template_to_json
 from train import CLIP
 
 # What a row of a batch is. RANDOM: a forget row's text with another row's answer.
@@ -226,6 +228,7 @@ class Reference:
         self.head = table.weight.detach()  # (V, d)
         if is_copied:
             self.head = self.head.clone()
+        self.scaling = model.config.logits_scaling
         self.hidden = {}  # {index of a retain example: (n, d)}
         self.ce = {}  # {index of a forget example: seqCE}
         if kind == RETAIN:
@@ -240,7 +243,7 @@ class Reference:
         hidden = [self.hidden[i] for i in indices if i in self.hidden]
         if not hidden:
             return self.head.new_zeros(0, len(self.head))
-        return F.linear(torch.cat(hidden), self.head).float()
+        return F.linear(torch.cat(hidden) / self.scaling, self.head).float()
 
     def sequence_ce(self, indices):
         """Its seqCE of the forget examples among the indices, (B_f,)."""
@@ -367,7 +370,6 @@ def parse(argv):
         raise ValueError(f"--beta: {args.method} has none")
     args.target = read_target(args.target)
     args.generic = read_generic(args.generic)
-    args.template = read_template(args.template or "sentiment", TEMPLATES)
     if args.train is None:
         args.train = "lora" if args.method in ("llmu", "retrain") else "full"
     args.full = args.train == "full"
@@ -403,7 +405,7 @@ def unlearn_command(args, forget, retain, is_resumed):
         flush=True,
     )
     options = {name: getattr(args, name) for name in RUN_OPTIONS}
-    options["dtype"] = str(dtype)
+    options |= {"dtype": str(dtype), "template": template_to_json(args.template)}
     description = describe(options, args.model, examples)
     report = unlearn(model, examples, args, dtype, description, is_resumed)
     if report["stopped"]:
@@ -435,6 +437,7 @@ def main(argv=None):
     if not retain:
         raise ValueError("--retain FILE is missing")
     check_disjoint(forget, retain)
+    args.template = choose_template(args, forget + retain)
     if args.method == "rl":
         check_generic(forget, args.generic)
     is_resumed = check_model_out(args)

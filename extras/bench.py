@@ -34,13 +34,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data import TEMPLATES, Example, collate, common_prefix, epoch_batches, make_examples
+from data import Example, collate, common_prefix, epoch_batches, make_examples
 from data import read_rows
 from extras.finetune import file_weights
 from fast import FastLlama
 from model import Config, Llama
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
-from support.checks import read_template
+from support.templates import read_template
 from support.cli import DEMO, Parser, add_layer_options, add_options, non_empty, number, run
 from support.files import check_json_path, write_json
 from support.hardware import choose_device, choose_dtype, load_model, prepare_layers
@@ -538,7 +538,7 @@ def parse(argv):
         args.model = str(DEMO / "model")
         args.data = args.data or str(DEMO / "forget.jsonl")
         args.template = args.template or "question"
-    args.template = read_template(args.template or "sentiment", TEMPLATES)
+    args.template = read_template(args.template or "sentiment", args.model)
     check_json_path(args.json)
     return args
 

@@ -32,17 +32,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import TEMPLATES, collate, common_prefix, epoch_batches, make_examples, read_rows
+from data import collate, common_prefix, epoch_batches, make_examples, read_rows
 from eval import score
+from model import FUSED
 from spul import answer_hidden
-from support.checks import read_template
 from support.cli import Parser, add_options, check_required, non_empty, number, run
-from support.files import check_not_inside_file, fingerprint, read_json, write_json
-from support.files import write_tensors
+from support.files import check_not_inside_file, read_json, write_json, write_tensors
 from support.hardware import DTYPES, choose_device, choose_dtype, load_llama, load_model
 from support.hardware import peak_memory, row_limit
+from support.identity import fingerprint
 from support.state import STATE, check_same_run, load_state, read_run, save_state
 from support.state import stopped_message
+from support.templates import choose_template, template_to_json
 from train import WEIGHT_DECAY, interrupt, learning_rate
 
 ADAPTER = "adapter"  # the LoRA's folder inside that of the model
@@ -273,6 +274,7 @@ def check_model_out(args):
 def save_model(model, args, report):
     """Write a model folder to --out: the base's tokenizer, run.json with the report, the weights.
 
+    What generation needs comes along: generation_config.json, and the form of a chat.
     config.json is written last: its presence marks the folder complete.
     """
     out = Path(args.out)
@@ -288,9 +290,9 @@ def save_model(model, args, report):
 
 def belongs_to_tokenizer(name):
     """Whether a model folder's file is copied: all but weights and what describes the model."""
-    if name == "tokenizer_config.json":
+    if name in ("tokenizer_config.json", "generation_config.json"):
         return True
-    of_weights = (".safetensors", ".bin", ".index.json", "config.json")
+    of_weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", "config.json")
     return name != "run.json" and not name.endswith(of_weights)
 
 
@@ -309,8 +311,21 @@ def save_weights(model, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in file_weights(model).items()}
+    if model.config.model_type == "phi3":
+        tensors = fused(tensors)
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", model.config.to_json(model.dtype))
+
+
+def fused(tensors):
+    """{name: tensor} with Phi-3's fused matrices in place of their parts, which loading split."""
+    tensors = dict(tensors)
+    for name in list(tensors):
+        for whole, parts in FUSED.items():
+            if f".{parts[0]}." in name:
+                rows = [tensors.pop(name.replace(parts[0], part)) for part in parts]
+                tensors[name.replace(parts[0], whole)] = torch.cat(rows)
+    return tensors
 
 
 # ------------------------------------------------------------------------------ the adapter of peft
@@ -484,7 +499,7 @@ def memorise(args, rows, is_resumed):
     trainable = sum(p.numel() for p in make_trainable(model, args))
     print(f"{len(examples)} rows, {cut} texts cut; {trainable:,} parameters trained", flush=True)
     options = {name: getattr(args, name) for name in RUN_OPTIONS}
-    options["dtype"] = str(dtype)
+    options |= {"dtype": str(dtype), "template": template_to_json(args.template)}
     description = describe(options, args.model, examples)
     steps, seconds = memorise_rows(model, examples, args, dtype, description, is_resumed)
     report = {
@@ -570,7 +585,6 @@ def main(argv=None):
         raise ValueError("give either --data FILE ... to train, or --adapter DIR to merge")
     if args.quantize:
         raise ValueError("--quantize: memorising needs weights of 16 or 32 bits")
-    args.template = read_template(args.template or "sentiment", TEMPLATES)
     is_resumed = check_model_out(args)
     if args.adapter:
         report = {"method": "adapter", "model": args.model, "adapter": args.adapter}
@@ -578,6 +592,7 @@ def main(argv=None):
         print(f"merged into {args.out}")
         return
     rows = [row for file in args.data for row in read_rows(file)]
+    args.template = choose_template(args, rows)
     memorise(args, rows, is_resumed)
 
 

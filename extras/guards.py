@@ -35,12 +35,13 @@ from eval import METRICS, ask, generator, label_set, measure, report, score
 from eval import template_of
 from extras.finetune import accuracy
 from spul import answer_hidden
-from support.checks import check_text
 from support.cli import Parser, add_options, check_required, non_empty, number, read_splits, run
 from support.cli import use_demo
-from support.files import check_json_path, fingerprint, read_json, weight_files, write_json
-from support.files import write_tensors
+from support.files import check_json_path, read_json, weight_files, write_json, write_tensors
 from support.hardware import load_llama, load_model, peak_memory, row_limit
+from support.identity import check_fingerprint, fingerprint
+from support.rows import check_text
+from support.templates import template_from_json, template_to_json
 
 # What ECO does to some entries x of an embedding; z ~ N(0, 1), and s is the strength.
 ACTIONS = {
@@ -196,9 +197,10 @@ class Icul:
 
     def line(self, tokenizer, text, label):
         """The ids of a row of the context."""
-        before, after = self.info["template"].split("{text}")
-        ids = [*tokenizer.encode_inside(before + text + after)]
-        ids += answer_ids(tokenizer, label)
+        template = template_from_json(self.info["template"])
+        before, after = template.around(Row(text, label, ""))
+        ids = tokenizer.encode_parts([*before, (text, False), *after], inside=True)
+        ids += answer_ids(tokenizer, label, template)
         ids += tokenizer.encode_inside("\n\n")
         return ids
 
@@ -224,11 +226,11 @@ def save(folder, info, tensors):
     write_json(folder / "guard.json", {"format": "spul guard 1", **info, "shapes": shapes})
 
 
-def load(folder, base_sha256):
+def load(folder, model_folder):
     """A guard's folder -> Eco or Icul, and the contents of guard.json.
 
-    Raises ValueError or OSError if it is not a complete guard, or if it was made for a model whose
-    fingerprint is not base_sha256.
+    Raises ValueError or OSError if it is not a complete guard, or if it was made for another model
+    than the one in model_folder.
     """
     folder = Path(folder)
     if not is_guard(folder):
@@ -240,10 +242,7 @@ def load(folder, base_sha256):
     missing = [name for name in FIELDS[info["method"]] if name not in info]
     if missing:
         raise ValueError(f"{file}: no {', '.join(missing)}")
-    if info.get("base_sha256") != base_sha256:
-        raise ValueError(
-            f"{folder}: made for another model ({info.get('model')}): it means nothing here"
-        )
+    check_fingerprint(info.get("base_sha256"), model_folder, folder)
     file = folder / "guard.safetensors"
     try:
         tensors = load_file(file)
@@ -426,7 +425,7 @@ def make_guard(args, forget, retain):
         "method": args.method,
         "model": args.model,
         "base_sha256": fingerprint(args.model),
-        "template": args.template,
+        "template": template_to_json(args.template),
         "generic": [],
         "labels": sorted({row.label for row in forget + retain}),
         **info,
@@ -530,10 +529,11 @@ def ask_command(args, model, tokenizer, guard, info):
     """--ask: print the answers without and with the guard."""
     text = args.ask.replace("\\n", "\n")  # a shell passes \n on as two characters
     check_text(text, "--ask")
+    template = template_of(args, info)
     labels = {}
     if info.get("labels"):
         rows = [Row(name, name, "") for name in info["labels"]]
-        labels = label_set(rows, tokenizer, info["generic"])
+        labels = label_set(rows, tokenizer, info["generic"], template)
     room = model.config.max_position_embeddings
 
     def generate(prompts, n):
@@ -542,7 +542,7 @@ def ask_command(args, model, tokenizer, guard, info):
         examples, embed, _ = guard.apply(model, tokenizer, examples)
         return guarded_generator(model, embed)([e.prompt for e in examples], n)
 
-    common = (model, tokenizer, text, template_of(args, info), labels, room)
+    common = (model, tokenizer, Row(text, "", "--ask"), template, labels, room)
     print(f"without the prompt: {ask(*common, generator(model))}")
     print(f"with the prompt:    {ask(*common, generate)}")
 
@@ -551,11 +551,13 @@ def table_command(args, model, tokenizer, guard, info, splits):
     """Measure every split without and with the guard, print the table, and write it to --json."""
     generic = info.get("generic", [])
     limit = row_limit(args, 0)
-    labels = label_set([row for rows in splits.values() for row in rows], tokenizer, generic)
+    all_rows = [row for rows in splits.values() for row in rows]
+    template = template_of(args, info, all_rows)
+    labels = label_set(all_rows, tokenizer, generic, template)
     before = {}
     after = {}
     for name, rows in splits.items():
-        examples, cut = make_examples(rows, tokenizer, template_of(args, info), limit)
+        examples, cut = make_examples(rows, tokenizer, template, limit)
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
         before[name] = measure(
@@ -586,7 +588,7 @@ def main(argv=None):
     if len(args.prompt) > 1:
         raise ValueError(f"--prompt {args.prompt[1]}: eco and icul do not go with another prompt")
     check_json_path(args.json)
-    guard, info = load(args.prompt[0], fingerprint(args.model))
+    guard, info = load(args.prompt[0], args.model)
     template_of(args, info)  # a bad one is found before the model is loaded
     model, tokenizer = load_model(args)
     if args.ask is not None:

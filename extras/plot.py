@@ -24,7 +24,7 @@ from data import make_examples, read_sets
 from eval import template_of
 from spul import answer_hidden, load_prompt
 from support.cli import Parser, add_options, check_required, non_empty, run
-from support.files import fingerprint, read_json, read_text, write_whole
+from support.files import read_json, read_text, write_whole
 from support.hardware import load_model, row_limit
 
 COLORS = {"forget": "tab:red", "retain": "tab:blue"}
@@ -119,11 +119,11 @@ def nearest_label(x, label, is_reference):
 @torch.no_grad()
 def embeddings(plt, args):
     """The options -> the figure. Raises ValueError or OSError for files that do not fit."""
-    phi, info = load_prompt(args.prompt, fingerprint(args.model))  # (p, d)
-    template = template_of(args, info)
+    phi, info = load_prompt(args.prompt, args.model)  # (p, d)
     forget, retain = read_sets(args.forget, args.retain)
     if not retain:
         raise ValueError("--retain FILE is missing")
+    template = template_of(args, info, forget + retain)
     model, tokenizer = load_model(args)
     limit = row_limit(args, len(phi))
     examples = make_examples(forget, tokenizer, template, limit, True)[0]

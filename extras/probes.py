@@ -32,13 +32,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import TEMPLATES, by_length, collate, common_prefix, epoch_batches, make_examples
+from data import TEMPLATES, Template, by_length, collate, common_prefix, epoch_batches
+from data import make_examples
 from eval import COSTS, costs, score
 from extras.finetune import Lora, accuracy, fit, swap
 from extras.guards import fit_classifier
 from extras.robust import neighbours, non_text_ids, semantic, text_ids
 from spul import SoftPrompt, answer_hidden
 from support.files import weight_files
+from support.templates import Chat
 from train import make_optimizer, train_step
 
 SAMPLES = 8
@@ -51,11 +53,11 @@ NEIGHBOUR_SHARE = 0.2  # of the tokens, replaced by a neighbour
 
 # Other templates for a template. For one that is not here: the same without "#", and on one line.
 REWORDED = {
-    TEMPLATES["sentiment"]: (
+    TEMPLATES["sentiment"].string: (
         "Review: {text}\n\nIs this review positive or negative? It is",
         "{text}\nThe sentiment of the text above is",
     ),
-    TEMPLATES["question"]: (
+    TEMPLATES["question"].string: (
         "Question: {text}\nThe right answer is",
         "Please answer this.\n{text}\nAnswer:",
     ),
@@ -305,11 +307,20 @@ OTHER_TEMPLATES = ("another template", "a third template")
 OTHER_SIDE = ("a row of the other side in front", "a row of the other side behind")
 
 
+def in_other_chats(template, rows):
+    """{name: (template, rows)}: the rows under another system message, and in a second turn."""
+    turns = (("user", "Hello! Can you help me?"), ("assistant", "Of course. What is it?"))
+    later = [replace(row, turns=(*row.turns, *turns)) for row in rows]
+    system = Chat(template.chat.folder, "You are an expert. Answer briefly.")
+    other = replace(template, string=system.string(), system=system.system, chat=system)
+    return {"another system message": (other, rows), "in a second turn": (template, later)}
+
+
 def reworded(template):
     """Other templates than this one: two, or fewer where REWORDED does not have it."""
-    plain = template.replace("#", "").strip()
-    others = REWORDED.get(template, (plain, " ".join(plain.split())))
-    return [other for other in dict.fromkeys(others) if other != template]
+    plain = template.string.replace("#", "").strip()
+    others = REWORDED.get(template.string, (plain, " ".join(plain.split())))
+    return [Template(other) for other in dict.fromkeys(others) if other != template.string]
 
 
 def joined(row, others, is_after, rng):
@@ -351,7 +362,10 @@ def changed_queries(subject, setting, side):
         changed[name] = setting.examples([replace(row, text=change(row.text, rng)) for row in rows])
     rng = setting.rng(f"{side} neighbouring words")
     changed["neighbouring words"] = with_neighbours(subject, setting, setting.examples(rows), rng)
-    if not is_raw:
+    if setting.args.template.chat:
+        for name, (template, own) in in_other_chats(setting.args.template, rows).items():
+            changed[name] = setting.examples(own, template)
+    elif not is_raw:
         for name, template in zip(OTHER_TEMPLATES, reworded(setting.args.template)):
             changed[name] = setting.examples(rows, template)
     for name in OTHER_SIDE:

@@ -29,7 +29,7 @@ from eval import report, rouge_l, score, template_of
 from extras.guards import is_guard
 from spul import answer_hidden
 from support.cli import Parser, add_options, check_required, non_empty, read_splits, run, use_demo
-from support.files import check_json_path, fingerprint
+from support.files import check_json_path
 from support.hardware import check_same_shape, load_model, read_config, row_limit
 
 METRICS = (
@@ -200,7 +200,8 @@ def check_answers(rows):
 
 def measure_side(args, model, tokenizer, splits, template, limit, generic, phi=None):
     """{split: what is measured}, with the prompt phi (p, d), if given."""
-    labels = label_set([row for rows in splits.values() for row in rows], tokenizer, generic)
+    all_rows = [row for rows in splits.values() for row in rows]
+    labels = label_set(all_rows, tokenizer, generic, template)
     batch_size = args.batch_size
     results = {}
     for name, rows in splits.items():
@@ -232,8 +233,8 @@ def main(argv=None):
     phi = None
     info = {}
     if args.prompt:
-        phi, info = load_prompts(args.prompt, config, fingerprint(args.model))
-    template = template_of(args, info)
+        phi, info = load_prompts(args.prompt, config, args.model)
+    template = template_of(args, info, [row for rows in splits.values() for row in rows])
     limit = row_limit(args, 0 if phi is None else len(phi))
     generic = info.get("generic", [])
     model, tokenizer = load_model(args)

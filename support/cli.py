@@ -77,8 +77,13 @@ def add_options(parser, data=True):
         group.add_argument("--retain", help="JSON Lines to keep", **file)
         group.add_argument("--test-forget", help=unseen.format("forget"), **file)
         group.add_argument("--test-retain", help=unseen.format("keep"), **file)
-    templates = "sentiment (default), question, a string with {text}, or a file"
+    templates = (
+        "sentiment (default), question, chat (the model's own; the default for rows of messages), a "
+        "string with {text}, or a file"
+    )
     group.add_argument("--template", type=non_empty, metavar="T", help=templates)
+    system = "system message of a chat (default: the chat template's own)"
+    group.add_argument("--system", metavar="TEXT", help=system)
     longest = "most tokens in a row, prompt vectors not counted; longer texts are cut (1024, paper)"
     length = {"type": number(int, 2), "default": 1024, "metavar": "N"}
     group.add_argument("--max-length", help=longest, **length)
@@ -126,11 +131,14 @@ def check_required(args, *names):
             raise ValueError(f"--{name.replace('_', '-')} {what} is missing")
 
 
-def read_splits(args):
-    """{name: rows} of the files that are given, of "train forget" to "test retain"."""
+def read_splits(args, unlabelled=False):
+    """{name: rows} of the files that are given, of "train forget" to "test retain".
+
+    unlabelled: rows to retain may be without a label.
+    """
     splits = {}
     if args.forget:
-        splits["train forget"], retain = read_sets(args.forget, args.retain)
+        splits["train forget"], retain = read_sets(args.forget, args.retain, unlabelled)
         if retain:
             splits["train retain"] = retain
     elif args.retain:

@@ -1,11 +1,11 @@
-"""Files: JSON read with care, files that appear whole or not at all, and a model folder's identity.
+"""Files: JSON read with care, files that appear whole or not at all, and a model's folder.
 
 Errors a user can cause are ValueError or OSError, with the file in the message.
 """
 
-import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -47,7 +47,7 @@ def write_whole(path, write):
     temporary = path.with_name(f".{path.name}.tmp")  # one that a kill left is replaced
     try:
         write(temporary)
-        with open(temporary, "rb") as f:
+        with open(temporary, "r+b") as f:  # Windows flushes only what is open for writing
             os.fsync(f.fileno())
         os.chmod(temporary, default_mode())  # safetensors' files are readable by their owner only
         os.replace(temporary, path)
@@ -90,6 +90,9 @@ def check_json_path(path):
         raise ValueError(f"--json {path}: it is a folder, or its folder does not exist")
 
 
+GGUF = "GGUF files are not read: give the folder of safetensors that they were made from"
+
+
 def weight_files(folder):
     """The safetensors files of a model folder. Raises ValueError or OSError if it is not one.
 
@@ -97,7 +100,7 @@ def weight_files(folder):
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json: not a Hugging Face model folder")
+        raise FileNotFoundError(f"{folder}: {what_it_is(folder)}")
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -108,7 +111,34 @@ def weight_files(folder):
             f"{folder}: only pickled weights, which can run code when read. Convert them with "
             "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
         )
+    if any(folder.glob("*.gguf")):
+        raise FileNotFoundError(f"{folder}: {GGUF}")
     raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def what_it_is(folder):
+    """In words, what is at a path without config.json, and what to give in its place."""
+    adapter = folder / "adapter_config.json"
+    if (folder / "spul.json").is_file():
+        return "a prompt, not a model: give it as --prompt, and the model it is for as --model"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        return (
+            f"an adapter of peft, not a model. Merge it into its base, {base}: "
+            f"python -m extras.finetune --model BASE --adapter {folder} --out DIR"
+        )
+    if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
+        return GGUF
+    snapshots = sorted(folder.glob("snapshots/*/config.json"))
+    if snapshots:
+        newest = max(snapshots, key=lambda file: file.lstat().st_mtime).parent
+        return f"the cache of a model of the hub, not its folder: give {newest}"
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return (
+            "no such folder. Is it a name on the hub? Download it first: "
+            f"hf download {folder} --local-dir {folder.name}, and give {folder.name}"
+        )
+    return "no config.json: not a Hugging Face model folder"
 
 
 def indexed_files(index):
@@ -124,43 +154,33 @@ def indexed_files(index):
 
 
 def check_complete(file):
-    """Raises ValueError for a safetensors file that is truncated or is not one."""
+    """Raises ValueError for a safetensors file that is truncated, not one, or of a wrapper."""
     try:
-        with safe_open(file, framework="pt"):
-            pass
+        with safe_open(file, framework="pt") as f:
+            names = list(f.keys())
     except (SafetensorError, OSError) as e:
         reason = "not a complete safetensors file (truncated?)"
         raise ValueError(f"{file}: {reason}: {e}") from None
+    for prefix, remedy in WRAPPERS.items():
+        if any(name.startswith(prefix) for name in names):
+            raise ValueError(f"{file}: its tensors are called {prefix}...: {remedy}")
 
 
-def fingerprint(folder):
-    """A hex digest that tells one model from another.
-
-    It covers config.json, and of every weight file the name, size, header and a piece of each
-    tensor. So it reads a few megabytes of a 13 GB model; models that differ only between the
-    pieces agree.
-    """
-    digest = hashlib.sha256()
-    files = weight_files(folder)
-    digest.update((Path(folder) / "config.json").read_bytes())
-    for file in files:
-        with open(file, "rb") as f:
-            size = f.seek(0, 2)
-            f.seek(0)
-            length = int.from_bytes(f.read(8), "little")
-            header = f.read(min(length, size))
-            digest.update(f"{file.name} {size}".encode() + header)
-            for begin, end in tensor_places(header, file):
-                f.seek(8 + len(header) + (begin + end) // 2)
-                digest.update(f.read(min(4096, (end - begin + 1) // 2)))
-    return digest.hexdigest()
+def unwrap(prefix):
+    """In words, how the names of a file's tensors lose a prefix."""
+    return (
+        "saved from a wrapped model. Strip that with python: from safetensors.torch import "
+        "load_file, save_file; t = load_file(FILE); "
+        f"save_file({{n.removeprefix({prefix!r}): t[n] for n in t}}, FILE, {{'format': 'pt'}})"
+    )
 
 
-def tensor_places(header, file):
-    """Where each tensor begins and ends, in bytes after the header of a safetensors file."""
-    try:
-        tensors = json.loads(header)
-        tensors.pop("__metadata__", None)
-        return [tuple(map(int, tensor["data_offsets"])) for tensor in tensors.values()]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{file}: not a complete safetensors file (truncated?)") from None
+# How the names of tensors begin where not the model itself was saved, and what to do then.
+WRAPPERS = {
+    "_orig_mod.": unwrap("_orig_mod."),  # torch.compile
+    "module.": unwrap("module."),  # DataParallel and others
+    "base_model.model.": (
+        "saved with an adapter of peft around it. Load it with peft as it was saved, and save "
+        "model.merge_and_unload()"
+    ),
+}

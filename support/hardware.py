@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fast import FastLlama, unknown_fields
-from model import Config, Llama, read_weights
-from support.checks import SHAPE, check_config
+from model import SHAPE, Config, Llama, read_weights, rope_kind
+from support.configs import check_config, end_ids
 from support.files import check_complete, weight_files
 from support.processes import any_process, ranks
 from support.tokenizer import Tokenizer
@@ -96,12 +96,25 @@ def read_config(folder):
 
 
 def load_model(args, place=None):
-    """The frozen model of --model and its tokenizer, on --device in --dtype."""
+    """The frozen model of --model and its tokenizer, on --device in --dtype.
+
+    Its config ends texts also where the folder's generation_config.json says so.
+    """
     config = read_config(args.model)
+    ends = end_ids(args.model, config)
+    kind = rope_kind(config.rope_scaling or {})
+    if kind in ("dynamic", "longrope") and ranks()[0] == 0:
+        print(
+            f"rope type {kind}: rows of at most {config.max_position_embeddings} positions, as "
+            "beyond its frequencies depend on the length",
+            flush=True,
+        )
     device = choose_device(args)
     dtype = choose_dtype(args)
     tokenizer = Tokenizer(args.model)
+    tokenizer.table = config.vocab_size
     model = load_llama(args.model, dtype, device, args.plain, args.quantize, place)
+    model.config.eos_token_id = ends
     if tokenizer.size > config.vocab_size:
         raise ValueError(
             f"{args.model}: a tokenizer of {tokenizer.size} ids and a model of {config.vocab_size} "
@@ -127,7 +140,7 @@ def load_llama(folder, dtype, device, plain=False, quantize=None, shard=None):
     for file in weight_files(folder):
         check_complete(file)
     weights = {}
-    for name, tensor in read_weights(folder):
+    for name, tensor in read_weights(folder, config):
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{folder}: {name} is {tensor.dtype}: not supported")
         tensor = place(tensor) if place else tensor.to(device, dtype)
@@ -135,6 +148,11 @@ def load_llama(folder, dtype, device, plain=False, quantize=None, shard=None):
             weights |= Int8Linear.pack(name, tensor)
         else:
             weights[name] = tensor
+    if not config.tie_word_embeddings and "lm_head.weight" not in weights:
+        raise ValueError(
+            f"{folder}: no tensor lm_head.weight: if the model's head is its embedding, "
+            "config.json needs tie_word_embeddings true"
+        )
     try:
         model.load_weights(weights)
     except (RuntimeError, KeyError, ValueError) as e:  # names what is missing, surplus or misshapen
@@ -162,6 +180,22 @@ def row_limit(args, p):
     if longest - p < 2:
         raise ValueError(f"{p} prompt tokens leave no room: the model takes {longest} positions")
     return min(args.max_length, longest - p)
+
+
+def window_warning(config, p, longest):
+    """What to say where the model's window hides p prompt tokens from the end of the longest row.
+
+    longest: its tokens, without the prompt's. None: the end of every row sees the whole prompt.
+    """
+    windows = [window for window in config.windows if window is not None]
+    if not windows or p + longest <= min(windows):
+        return None
+    window = min(windows)
+    return (
+        f"the window of {len(windows)} layers is {window} positions: in rows of more than "
+        f"{max(0, window - p)} tokens the end does not see the whole prompt; longest row here: "
+        f"{longest}"
+    )
 
 
 # ------------------------------------------------------------------------------------ large models
@@ -262,10 +296,15 @@ def step_memory(model, B, T, p, scored, recompute=False):
 
 
 def peak_memory(device):
-    """The most bytes that this process has held: on a GPU there, else as the system counts."""
+    """The most bytes that this process has held: on a GPU there, else as the system counts.
+
+    None where the system does not count.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system
-
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

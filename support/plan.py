@@ -3,7 +3,7 @@
 import math
 
 from data import common_prefix
-from support.hardware import step_memory
+from support.hardware import step_memory, window_warning
 from support.processes import gather_full, ranks
 
 
@@ -44,6 +44,9 @@ def plan_lines(job):
         f"{forget} to forget, {len(lengths) - forget} to keep; {sum(lengths):,} tokens an epoch, "
         f"longest {max(lengths)}, {job.cut} texts cut"
     )
+
+    if warning := window_warning(model.config, phi.shape[0], max(lengths)):
+        yield "window", warning
 
     processes = ranks()[1]
     where = f"{str(model.dtype)[6:]} on {model.device}"

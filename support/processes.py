@@ -14,6 +14,12 @@ def ranks():
     return dist.get_rank(), dist.get_world_size()
 
 
+def say(text):
+    """Print a line, on the first process only."""
+    if ranks()[0] == 0:
+        print(text, flush=True)
+
+
 def join_group(device):
     """Join the processes that torchrun started, if it did. Returns this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():

@@ -1,4 +1,7 @@
-"""The folder of a training run: what may be in it, and the state of a run that has not finished.
+"""The folders of a training run: what may be in them, and the state of a run that has not finished.
+
+The prompt's folder, --out, holds nothing of the rows, so that it can be handed on. What does, or may
+tell of them, lies in a folder beside it: the state, the log, and rows that the model wrote.
 
 No random states are kept: every draw comes from the seed and the number of its epoch or step.
 """
@@ -15,9 +18,15 @@ from support.files import check_not_inside_file, write_tensors, write_text
 STATE = "state.safetensors"
 LOG = "log.jsonl"
 WRITTEN = "retain.jsonl"  # the retain rows that the model wrote itself
-PROMPT_FILES = ("adapter_model.safetensors", "adapter_config.json", "spul.json")
-RUN_FILES = ("spul.json", *PROMPT_FILES[:2], STATE, LOG, WRITTEN)  # the first marks a whole prompt
-FORMAT = 2  # of the description of a run
+RUN_FILES = (STATE, LOG, WRITTEN)
+PROMPT_FILES = ("spul.json", "adapter_model.safetensors", "adapter_config.json")  # 1st: it is whole
+FORMAT = 3  # of the description of a run
+
+
+def run_folder(out):
+    """The folder beside a prompt's that holds its run: prompt.run beside prompt."""
+    out = Path(out).absolute()
+    return out.with_name(f"{out.name}.run")
 
 
 def check_out(args, may_replace):
@@ -27,23 +36,31 @@ def check_out(args, may_replace):
     where a run cannot be kept.
     """
     out = Path(args.out)
-    check_not_inside_file("--out", out)
+    run = run_folder(out)
+    own = [out / name for name in (*PROMPT_FILES, *RUN_FILES)] + [run / name for name in RUN_FILES]
+    for folder in (out, run):
+        check_not_inside_file("--out", folder)
     for given in (args.forget, args.retain, args.test_forget, args.test_retain):
-        if given and Path(given).resolve() in [(out / name).resolve() for name in RUN_FILES]:
+        if given and Path(given).resolve() in [file.resolve() for file in own]:
             raise ValueError(f"--out {out}: the run would overwrite {given}: choose another folder")
-    found = {file.name for file in out.iterdir()} if out.is_dir() else set()
-    found -= {f".{name}.tmp" for name in RUN_FILES}
-    is_finished = "spul.json" in found
-    is_log_only = LOG in found and found <= set(RUN_FILES)
-    is_ours = is_finished or STATE in found or is_log_only
-    if found and not is_ours:
+    in_out = names_in(out)
+    in_run = names_in(run)
+    is_finished = "spul.json" in in_out
+    if in_run - set(RUN_FILES) or (in_out and not is_ours(in_out, in_run)):
         raise ValueError(f"--out {out}: the folder holds other files: choose a new one")
-    if not is_ours or args.overwrite or (is_finished and may_replace and not args.resume):
+    is_started = bool(in_run) or bool(in_out)
+    may_start = args.overwrite or (is_finished and may_replace and not args.resume)
+    if not is_started or may_start:
         return "new"
+    if STATE in in_out:
+        raise ValueError(
+            f"{out / STATE}: an unfinished run of another version of spul: finish it with that "
+            "version, or start again with --overwrite"
+        )
     if args.resume:
         if is_finished:
             return "finished"
-        return "resume" if STATE in found else "new"
+        return "resume" if STATE in in_run else "new"
     if is_finished:
         remedy = "holds a finished prompt: choose another folder, or --overwrite"
     else:
@@ -51,12 +68,29 @@ def check_out(args, may_replace):
     raise ValueError(f"--out {out}: {remedy}")
 
 
+def names_in(folder):
+    """The names of a folder's files, without those that a kill left half written."""
+    found = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    return found - {f".{name}.tmp" for name in (*PROMPT_FILES, *RUN_FILES)}
+
+
+def is_ours(names, in_run):
+    """Whether the files in --out are a finished prompt, or of a run that a kill ended."""
+    is_earlier_versions = STATE in names or LOG in names  # whose run lay in the same folder
+    if "spul.json" in names:
+        return True
+    is_started = bool(in_run) or is_earlier_versions
+    return is_started and names <= {*PROMPT_FILES, *RUN_FILES}
+
+
 def clear_run(out):
-    """Make the folder of a new run: without an earlier one's files, with a log that marks it."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        (out / name).unlink(missing_ok=True)
-    write_text(out / LOG, "")
+    """Make the folders of a new run: without an earlier one's files, with a log that marks it."""
+    run = run_folder(out)
+    for folder, names in ((out, (*PROMPT_FILES, *RUN_FILES)), (run, RUN_FILES)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+    write_text(run / LOG, "")
 
 
 def save_state(folder, module, optimizer, step, run):

@@ -21,6 +21,7 @@ from extras.finetune import save_weights  # noqa: F401 (the test files take it f
 from fast import FastLlama
 from model import Llama
 from support import cli
+from support.state import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
@@ -47,6 +48,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # What a config.json of each family may say, and what a forward pass has to tell apart.
 SHAPES = {
     "llama MHA": dict(model_type="llama", num_key_value_heads=4),
@@ -74,6 +76,56 @@ SHAPES = {
         max_window_layers=2,
         head_dim=8,
     ),
+    "phi3": dict(model_type="phi3", sliding_window=7),
+    "phi3 longrope": dict(
+        model_type="phi3",
+        partial_rotary_factor=0.75,
+        tie_word_embeddings=True,
+        sliding_window=2047,
+        original_max_position_embeddings=64,
+        rope_scaling={
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.3, 2.5],
+            "long_factor": [2.0, 4.0, 9.0],
+        },
+    ),
+    "smollm3": dict(model_type="smollm3", no_rope_layer_interval=2, tie_word_embeddings=True),
+    "smollm3 window": dict(
+        model_type="smollm3",
+        no_rope_layers=[0, 1, 1],
+        use_sliding_window=True,
+        sliding_window=6,
+        tie_word_embeddings=False,
+        mlp_bias=True,
+    ),
+    "granite": dict(
+        model_type="granite",
+        embedding_multiplier=1.5,
+        attention_multiplier=0.2,
+        residual_multiplier=0.6,
+        logits_scaling=1.7,
+    ),
+    "olmo2": dict(model_type="olmo2", rms_norm_eps=1e-5),
+    "llama yarn": dict(model_type="llama", rope_scaling=YARN_ROPE),
+    "qwen2 yarn": dict(
+        model_type="qwen2",
+        use_sliding_window=False,
+        sliding_window=5,
+        rope_scaling=YARN_ROPE | {"attention_factor": 1.3, "beta_fast": 2.0, "truncate": False},
+    ),
+    "llama dynamic": dict(
+        model_type="llama", rope_scaling={"rope_type": "dynamic", "factor": 3.0}
+    ),
+    "llama longrope": dict(
+        model_type="llama",
+        rope_scaling={
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.2, 1.5, 2.5],
+            "long_factor": [2.0, 3.0, 4.0, 9.0],
+            "original_max_position_embeddings": 64,
+            "factor": 4.0,
+        },
+    ),
 }
 
 
@@ -96,7 +148,7 @@ def reference(shape, path, dtype=torch.float32):
     """A random model of transformers with every weight off its default, and its folder."""
     import transformers
 
-    settings = {**CONFIG, **SHAPES[shape]}
+    settings = {"pad_token_id": None, **CONFIG, **SHAPES[shape]}
     family = model.FAMILIES[settings.pop("model_type")]
     if "rope_scaling" in settings:
         theta = settings.pop("rope_theta", 10000.0)
@@ -265,7 +317,7 @@ def phi_of(out):
 
 
 def logged(out):
-    return lines_of(out / "log.jsonl")
+    return lines_of(run_folder(out) / "log.jsonl")
 
 
 def kill_when(process, log, steps, signum):

@@ -81,7 +81,7 @@ def test_changed_queries_are_changed_as_they_say():
     assert (first, second) == ("Say: {text}\n\n Answer:", "Say: {text} Answer:")
     for template in data.TEMPLATES.values():
         assert len({template, *probes.reworded(template)}) == 3
-        assert all(other.count("{text}") == 1 for other in probes.reworded(template))
+        assert all(other.string.count("{text}") == 1 for other in probes.reworded(template))
 
 
 def test_weights_are_rounded_to_the_nearest_of_their_groups_values():

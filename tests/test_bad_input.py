@@ -138,17 +138,56 @@ def cut(path):
     os.truncate(path / "model.safetensors", size // 2)
 
 
+def an_adapter(tmp_path, folder, files):
+    (tmp_path / "lora").mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    return {"--model": tmp_path / "lora"}
+
+
+def a_prompt(tmp_path, folder, files):
+    shutil.copytree(ROOT / "demo" / "prompt", tmp_path / "prompt")
+    return {"--model": tmp_path / "prompt"}
+
+
+def a_gguf_file(tmp_path, folder, files):
+    (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
+    return {"--model": tmp_path / "model.Q4.gguf"}
+
+
+def a_folder_of_gguf(tmp_path, folder, files):
+    (tmp_path / "m").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "m")
+    (tmp_path / "m" / "model.Q4.gguf").write_bytes(b"GGUF")
+    return {"--model": tmp_path / "m"}
+
+
+def the_root_of_the_hubs_cache(tmp_path, folder, files):
+    shutil.copytree(folder, tmp_path / "models--org--name" / "snapshots" / "f00d")
+    return {"--model": tmp_path / "models--org--name"}
+
+
+def renamed(prefix):
+    """The tensors under the names that a wrapper of the model gives them."""
+
+    def change(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    return bad_tensors(change)
+
+
 EMBED, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 BAD = {
     "a missing file": (option(forget="nowhere.jsonl"), r"nowhere\.jsonl: No such file"),
     "an empty file": (empty_file, r"empty\.jsonl: no rows"),
-    "a folder for a file": (option(forget=str(ROOT)), r"Is a directory"),
+    "a folder for a file": (option(forget=str(ROOT)), r"a folder, and a file of rows is expected"),
     "broken JSON": (bad_rows(b'{"text": "a", '), r"bad\.jsonl:2: not JSON"),
     "deep JSON": (bad_rows(b"[" * 100_000), r"bad\.jsonl:2: not JSON"),
     "a row that is not an object": (bad_rows(b"[1, 2]"), r"bad\.jsonl:2: a JSON object"),
     "no text": (bad_rows(b'{"label": "a"}'), r'bad\.jsonl:2: no "text"'),
-    "no label": (bad_rows(b'{"text": "a"}'), r'bad\.jsonl:2: no "label"'),
-    "no completion": (bad_rows(b'{"prompt": "a"}'), r'bad\.jsonl:2: no "completion"'),
+    "no label": (bad_rows(b'{"text": "a"}'), r"bad\.jsonl:2: no answer: a row to forget"),
+    "no completion": (bad_rows(b'{"prompt": "a"}'), r"bad\.jsonl:2: no answer"),
     "an empty text": (bad_rows(b'{"text": " ", "label": "a"}'), r'bad\.jsonl:2: "text" is empty'),
     "an empty label": (bad_rows(b'{"text": "a", "label": ""}'), r'bad\.jsonl:2: "label" is empty'),
     "a text that is not a string": (
@@ -156,8 +195,8 @@ BAD = {
         r'bad\.jsonl:2: "text" is not a string',
     ),
     "a label that is not a string": (
-        bad_rows(b'{"text": "a", "label": 1}'),
-        r'bad\.jsonl:2: "label" is not a string',
+        bad_rows(b'{"text": "a", "label": 1.5}'),
+        r'bad\.jsonl:2: "label" is a number with a fraction',
     ),
     "half a surrogate pair": (
         bad_rows(b'{"text": "\\ud800", "label": "a"}'),
@@ -234,6 +273,30 @@ BAD = {
     "a tensor of whole numbers": (
         bad_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})),
         r"torch\.int8",
+    ),
+    "an untied model without head": (
+        bad_tensors(lambda t: t.pop("lm_head.weight")),
+        r"no tensor lm_head\.weight: .*tie_word_embeddings true",
+    ),
+    "weights of a compiled model": (renamed("_orig_mod."), r"_orig_mod\..*removeprefix"),
+    "weights of a parallel model": (renamed("module."), r"called module\..*removeprefix"),
+    "weights of peft's wrapper": (renamed("base_model.model."), r"merge_and_unload"),
+    "an adapter": (an_adapter, r"lora: an adapter .*org/base.*finetune --model BASE"),
+    "a prompt": (a_prompt, r"prompt, not a model: give it as --prompt"),
+    "a GGUF file": (a_gguf_file, r"Q4\.gguf: GGUF files are not read: give the folder"),
+    "a folder of GGUF files": (a_folder_of_gguf, r"m: GGUF files are not read"),
+    "a name on the hub": (option(model="org/name-1.5B"), r"hf download org/name-1\.5B --local-dir"),
+    "the root of the hub's cache": (
+        the_root_of_the_hubs_cache,
+        r"give .*models--org--name/snapshots/f00d",
+    ),
+    "an end in words": (
+        bad_model(
+            lambda p: (p / "config.json").write_text(
+                (p / "config.json").read_text().replace('"eos_token_id": 2', '"eos_token_id": "2"')
+            )
+        ),
+        r"config\.json: eos_token_id '2' must be null, an id",
     ),
     "a vocabulary too small": (
         bad_model(lambda p: save_weights(tiny(vocab_size=100), p)),

@@ -16,8 +16,8 @@ import eval as evaluate
 from data import TEMPLATES, collate, make_example, make_examples, read_rows
 from extras import baselines, finetune, guards
 from model import Llama
-from support.files import fingerprint
 from support.tokenizer import Tokenizer
+from support.templates import template_from_json
 from tests.helpers import (
     DEMO,
     call,
@@ -466,11 +466,11 @@ def eco(folder, files, tmp_path_factory):
 
 def test_eco_corrupts_the_prompts_of_flagged_queries_and_nothing_else(eco, folder, files):
     llama, tokenizer = Llama.from_pretrained(folder), Tokenizer(folder)
-    guard, info = guards.load(eco, fingerprint(folder))
+    guard, info = guards.load(eco, folder)
     examples = [
         e
         for name in ("forget", "retain")
-        for e in make_examples(read_rows(files[name]), tokenizer, info["template"], 500)[0]
+        for e in make_examples(read_rows(files[name]), tokenizer, template_from_json(info["template"]), 500)[0]
     ]
     p = guard.probability(guards.averages(llama, examples))
     guard.info["tau"] = p.median().item()  # half of them
@@ -549,7 +549,7 @@ def test_eco_searches_the_strength_that_comes_nearest_to_the_target(
 def test_icul_puts_wrong_then_right_rows_before_the_query(folder, files, tmp_path, capsys):
     args = baseline_args(folder, files, tmp_path / "g", "--k", 2, "--context", 3)
     assert call(baselines, "icul", *args) == 0
-    guard, info = guards.load(tmp_path / "g", fingerprint(folder))
+    guard, info = guards.load(tmp_path / "g", folder)
     forget, llama, tokenizer = (
         read_rows(files["forget"]),
         Llama.from_pretrained(folder),
@@ -560,7 +560,7 @@ def test_icul_puts_wrong_then_right_rows_before_the_query(folder, files, tmp_pat
     )
     kept = {row.text: row.label for row in read_rows(files["retain"])}
     assert len(info["right"]) == 3 and all(kept[text] == label for text, label in info["right"])
-    example = make_example(forget[0], tokenizer, info["template"], 500)[0]
+    example = make_example(forget[0], tokenizer, template_from_json(info["template"]), 500)[0]
     (found,), embed, report = guard.apply(llama, tokenizer, [example])
     assert embed is None and report == {} and found.ids[-example.n :] == example.ids[-example.n :]
     lines = tokenizer.decode(list(found.prompt)).split("### Text:")[1:]

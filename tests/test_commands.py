@@ -20,13 +20,14 @@ from eval import label_set
 from model import Llama
 from spul import SoftPrompt
 from support import hardware
-from support.files import fingerprint, write_whole
+from support.files import write_whole
+from support.identity import fingerprint
 from support.state import PROMPT_FILES, STATE, read_run
 from support.tokenizer import Tokenizer
 from tests.helpers import call, command, kill_when, logged, phi_of, start, stop_at
 from tests.helpers import tiny, train_args, without, write_rows
 
-DONE = {*PROMPT_FILES, "log.jsonl"}  # the files of a finished run
+DONE = set(PROMPT_FILES)  # the files of a finished prompt
 
 
 def names_in(folder):
@@ -201,15 +202,16 @@ def test_without_a_retain_file_the_model_writes_one(folder, files, tmp_path, cap
     args = train_args(folder, files, tmp_path / "p", "--write-retain", 10)
     assert call(train, *without(args, "--retain")) == 0
     assert "writes 10 texts" in capsys.readouterr().out
-    rows = read_rows(tmp_path / "p" / "retain.jsonl")
+    rows = read_rows(tmp_path / "p.run" / "retain.jsonl")
     keys = {row.key for row in rows}
     assert len(rows) == len(keys) == 10
     assert not keys & {row.key for row in read_rows(files["forget"])}
     llama = Llama.from_pretrained(folder)
     tok = Tokenizer(folder)
-    longest = max(len(answer_ids(tok, label)) for label in ("positive", "negative"))
+    sentiment = TEMPLATES["sentiment"]
+    longest = max(len(answer_ids(tok, label, sentiment)) for label in ("positive", "negative"))
     for row in rows:
-        ids = tok.bos + tok.encode(TEMPLATES["sentiment"].replace("{text}", row.text))
+        ids = tok.bos + tok.encode(sentiment.string.replace("{text}", row.text))
         answer = tok.decode(llama.generate([ids], None, longest)[0])
         assert answer.strip().split("\n")[0].strip() == row.label
 
@@ -224,9 +226,9 @@ def test_a_resumed_run_takes_the_retain_rows_that_the_model_wrote(
     assert call(train, *args("whole")) == 0
     stop_at(3, monkeypatch)
     assert call(train, *args("part")) == 130
-    written = (tmp_path / "part" / "retain.jsonl").read_bytes()
+    written = (tmp_path / "part.run" / "retain.jsonl").read_bytes()
     assert call(train, *args("part"), "--resume") == 0
-    assert (tmp_path / "part" / "retain.jsonl").read_bytes() == written
+    assert (tmp_path / "part.run" / "retain.jsonl").read_bytes() == written
     assert torch.equal(phi_of(tmp_path / "whole"), phi_of(tmp_path / "part"))
 
 
@@ -309,7 +311,7 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(folder, files, tmp_path):
     args = [*train_args(folder, files, tmp_path / "whole"), "--epochs", 24]  # 168 steps
     assert command("train.py", *args).returncode == 0
     broken = train_args(folder, files, tmp_path / "broken", "--resume", "--epochs", 24)
-    log = tmp_path / "broken" / "log.jsonl"
+    log = tmp_path / "broken.run" / "log.jsonl"
     kills = 0
     for steps in (0, 7, 52, 101, 166):  # before and after states, which come every 50 steps
         process = start("train.py", *broken)
@@ -325,8 +327,8 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(folder, files, tmp_path):
 
 
 def test_a_kill_before_the_first_file_is_whole_can_be_resumed(folder, files, tmp_path):
-    (tmp_path / "p").mkdir()
-    (tmp_path / "p" / ".log.jsonl.tmp").write_text("")
+    (tmp_path / "p.run").mkdir()
+    (tmp_path / "p.run" / ".log.jsonl.tmp").write_text("")
     assert call(train, *train_args(folder, files, tmp_path / "p", "--resume")) == 0
     assert names_in(tmp_path / "p") == DONE
 
@@ -334,9 +336,9 @@ def test_a_kill_before_the_first_file_is_whole_can_be_resumed(folder, files, tmp
 def test_ctrl_c_saves_and_says_how_to_go_on(folder, files, tmp_path):
     args = train_args(folder, files, tmp_path / "p", "--epochs", 300)
     process = start("train.py", *args, stderr=subprocess.PIPE)
-    assert kill_when(process, tmp_path / "p" / "log.jsonl", 9, signal.SIGINT) == 130
+    assert kill_when(process, tmp_path / "p.run" / "log.jsonl", 9, signal.SIGINT) == 130
     assert "--resume" in process.stderr.read().splitlines()[-1]
-    step, _ = read_run(tmp_path / "p")
+    step, _ = read_run(tmp_path / "p.run")
     assert step == len(logged(tmp_path / "p")) >= 9
 
 
@@ -346,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert call(train, *train_args(folder, files, tmp_path / "p", "--lr", "1e9")) == 3
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"step \d+ of 14: .*not finite.*--lr", message)
-    state = load_file(tmp_path / "p" / STATE)
+    state = load_file(tmp_path / "p.run" / STATE)
     assert all(t.isfinite().all() for t in state.values())
     assert not (tmp_path / "p" / "spul.json").exists()
 
@@ -367,20 +369,23 @@ def test_resume_refuses_another_run(folder, files, tmp_path, monkeypatch, capsys
     assert "the data changed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_in_out", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "auto"])
 def test_an_unfinished_run_of_the_old_code_is_refused_in_one_line(
-    dtype, folder, files, tmp_path, monkeypatch, capsys
+    dtype, is_in_out, folder, files, tmp_path, monkeypatch, capsys
 ):
-    """Its state file had a run without a "format"."""
+    """Its state file had a run without a "format"; then it lay in the prompt's folder."""
     out = tmp_path / "p"
+    state = tmp_path / "p.run" / STATE
     stop_at(3, monkeypatch)
     assert call(train, *train_args(folder, files, out)) == 130
-    _, run = read_run(out)
+    _, run = read_run(state.parent)
     assert "format" not in run
     run["options"] |= {"corrupt": None, "corrupt_strength": None}
     del run["options"]["plain"]
-    tensors = load_file(out / STATE)
-    save_file(tensors, out / STATE, {"step": "3", "run": json.dumps(run)})
+    save_file(load_file(state), state, {"step": "3", "run": json.dumps(run)})
+    if is_in_out:
+        shutil.move(state, out / STATE)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     capsys.readouterr()
     args = train_args(folder, files, out, "--resume", "--dtype", dtype)
@@ -429,7 +434,8 @@ def test_a_full_disk_ends_with_one_line_and_leaves_no_half_file(folder, files, t
     done = command("train.py", *args, preexec_fn=small_disk)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert names_in(tmp_path / "p") <= {"log.jsonl"}
+    assert names_in(tmp_path / "p") == set()
+    assert names_in(tmp_path / "p.run") <= {"log.jsonl"}
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -534,8 +540,8 @@ def test_a_finished_prompt_of_the_old_code_gives_the_same_answers(
 
 def test_many_different_answers_are_not_a_label_set(tokenizer):
     rows = [Row("a", str(i), "") for i in range(51)]
-    assert label_set(rows, tokenizer, ["unknown"]) is None
-    assert len(label_set(rows[:50], tokenizer, ["unknown"])) == 51
+    assert label_set(rows, tokenizer, ["unknown"], TEMPLATES["question"]) is None
+    assert len(label_set(rows[:50], tokenizer, ["unknown"], TEMPLATES["question"])) == 51
 
 
 def test_sentences_are_measured_with_rouge_l_and_by_generic_beginnings(folder, tmp_path, capsys):
@@ -545,7 +551,7 @@ def test_sentences_are_measured_with_rouge_l_and_by_generic_beginnings(folder, t
     rows = [{"text": f"number {i}", "label": f"it is the {i} of them"} for i in range(51)]
     path = write_rows(tmp_path / "f.jsonl", rows)
     template = "{text} ->"
-    longest = max(len(answer_ids(tok, row["label"])) for row in rows)
+    longest = max(len(answer_ids(tok, row["label"], TEMPLATES["sentiment"])) for row in rows)
     prompts = [tok.bos + tok.encode(template.replace("{text}", row["text"])) for row in rows]
     answers = []
     for ids in llama.generate(prompts, None, longest):

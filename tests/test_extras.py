@@ -4,6 +4,7 @@ import json
 import random
 import re
 
+from support.state import run_folder
 from tests.helpers import (
     CONFIG,
     call,
@@ -183,7 +184,7 @@ def test_plot_draws_each_picture(folder, trained, files, tmp_path, capsys):
         for method in ("SPUL", "NPO", "RL")
     ]
     assert list(map(len, names)) == [2, 2, 0]  # in each panel once, whatever the seeds
-    assert call(plot, "steps", trained / "log.jsonl", "--out", tmp_path / "b.png") == 0
+    assert call(plot, "steps", run_folder(trained) / "log.jsonl", "--out", tmp_path / "b.png") == 0
     assert (
         call(
             plot,
@@ -219,7 +220,7 @@ def test_plot_draws_each_picture(folder, trained, files, tmp_path, capsys):
     ]:
         assert call(plot, *args, "--out", tmp_path / "d.png") == 2
         assert message in capsys.readouterr().err and not (tmp_path / "d.png").exists()
-    assert call(plot, "steps", trained / "log.jsonl", "--out", tmp_path / "d.txt") == 2
+    assert call(plot, "steps", run_folder(trained) / "log.jsonl", "--out", tmp_path / "d.txt") == 2
 
 
 def test_the_benchmark_takes_the_same_step_as_transformers_and_peft(tmp_path):

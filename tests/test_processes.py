@@ -43,7 +43,7 @@ def test_a_run_of_one_process_is_resumed_by_two(folder, files, tmp_path):
     assert call(train, *train_args(folder, files, tmp_path / "whole", *options)) == 0
     args = train_args(folder, files, tmp_path / "p", *options)
     process = start("train.py", *args)
-    kill_when(process, tmp_path / "p" / "log.jsonl", 60, signal.SIGKILL)
+    kill_when(process, tmp_path / "p.run" / "log.jsonl", 60, signal.SIGKILL)
     done = torchrun(2, *args, "--resume")
     assert done.returncode == 0, done.stderr
     whole, resumed = logged(tmp_path / "whole"), logged(tmp_path / "p")
