@@ -315,15 +315,15 @@ def check_rows(splits):
                 again.append(row)
                 if None not in (row.label, earlier.label) and row.label != earlier.label:
                     unlike.append(row)
-        note(name, again, "repeat the text of an earlier row")
-        note(name, unlike, "of them have another label than the earlier row: one answer is wrong")
+        note(name, again, "rows that repeat an earlier text")
+        note(name, unlike, "rows that repeat an earlier text with another label")
         if name.startswith("train"):
             trained |= first
         else:
             seen = [row for row in rows if row.key in trained]
-            note(name, seen, "are trained on: the figures on them are not of unseen rows")
+            note(name, seen, "rows that are trained on, and so are not unseen")
 
 
 def note(name, rows, what):
     if rows:
-        say(f"{name}: {len(rows)} rows {what} (first: {rows[0].where})")
+        say(f"{name}: {what}: {len(rows)} (the first is {rows[0].where})")

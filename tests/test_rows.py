@@ -1,0 +1,266 @@
+"""Rows in the forms people have: what is read, what is refused, what is said."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+import train
+from data import Row, read_rows, read_sets
+from support.rows import check_disjoint, check_rows, parse_row
+from tests.helpers import call, make_rows, train_args, write_rows
+
+
+def row_of(value, path):
+    """The row that a file with this JSON value on its only line holds."""
+    file = path / "rows.jsonl"
+    file.write_text(json.dumps(value))
+    rows = read_rows(file, unlabelled=True)
+    assert len(rows) == 1 and rows[0].where == f"{file}:1"
+    return rows[0]
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+# ------------------------------------------------------------------------------------ what is read
+
+
+@pytest.mark.parametrize(
+    "value, text, label",
+    [
+        ({"text": "a film", "label": "good"}, "a film", "good"),
+        ({"sentence": "a film", "label": 1, "idx": 7}, "a film", "1"),
+        ({"question": "Who?", "answer": "She."}, "Who?", "She."),
+        ({"question": "Who?", "answer": "She.", "paraphrased_answer": "Her."}, "Who?", "She."),
+        ({"instruction": "Say it.", "input": "hi", "output": "hi"}, "Say it.\n\nhi", "hi"),
+        ({"instruction": "Say it.", "input": "", "output": "hi"}, "Say it.", "hi"),
+        ({"instruction": "Say it.", "output": "hi"}, "Say it.", "hi"),
+        ({"text": "a film", "label": True}, "a film", "true"),
+        ({"text": "a film", "label": -3}, "a film", "-3"),
+        ({"text": "a film", "label": None}, "a film", None),
+        ({"text": "a film"}, "a film", None),
+        ({"text": "a film", "label": "good", "prompt": "unused"}, "a film", "good"),
+    ],
+)
+def test_every_form_becomes_text_and_label(value, text, label, tmp_path):
+    row = row_of(value, tmp_path)
+    assert (row.text, row.label, row.raw, row.turns, row.is_chat) == (text, label, False, (), False)
+
+
+def test_prompt_and_completion_keep_their_white_space(tmp_path):
+    row = row_of({"prompt": "Who? ", "completion": " She.\n"}, tmp_path)
+    assert (row.text, row.label, row.raw) == ("Who? ", " She.\n", True)
+
+
+@pytest.mark.parametrize(
+    "turns, text, label, before",
+    [
+        ([("user", "Who?"), ("assistant", "She. ")], "Who?", "She.", ()),
+        ([("user", "Who?")], "Who?", None, ()),
+        (
+            [("system", "Be."), ("user", "Who?"), ("assistant", "She")],
+            "Who?",
+            "She",
+            (("system", "Be."),),
+        ),
+        (
+            [("user", "Hi"), ("assistant", "Yes?"), ("user", "Who?"), ("assistant", "She")],
+            "Who?",
+            "She",
+            (("user", "Hi"), ("assistant", "Yes?")),
+        ),
+        ([("user", [{"type": "text", "text": "Who"}, {"type": "text", "text": "?"}])],
+         "Who?", None, ()),
+    ],
+)
+def test_of_messages_the_last_answer_is_the_label(turns, text, label, before, tmp_path):
+    row = row_of(chat(*turns), tmp_path)
+    assert (row.text, row.label, row.turns, row.is_chat) == (text, label, before, True)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_like_lines(indent, tmp_path):
+    rows = make_rows(3, ["good", "bad"], "a")
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows, indent=indent))
+    found = read_rows(file)
+    assert [row.text for row in found] == [row["text"] for row in rows]
+    if indent:
+        lines = file.read_text().splitlines()
+        for row in found:
+            number = int(row.where.rsplit(":", 1)[1])
+            assert lines[number - 1].strip() == "{" and row.text in lines[number]
+
+
+def test_labels_that_are_numbers_are_said_once(tmp_path, capsys):
+    read_rows(write_rows(tmp_path / "r.jsonl", [{"text": f"a {i}", "label": i} for i in range(3)]))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "r.jsonl: 3 labels are numbers or true and false: read as words" in out
+    read_rows(write_rows(tmp_path / "s.jsonl", [{"text": "a", "label": "1"}]))
+    assert capsys.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ({"text": "a", "label": "b", "prompt": "c", "completion": "d"}, '"text" and "prompt" in one'),
+        ({"text": "a", "label": "b", "question": "c", "answer": "d"}, '"text" and "question" in one'),
+        ({**chat(("user", "a")), "text": "b", "label": "c"}, '"text" and "messages" in one row'),
+        ({"text": "a", "label": float("nan")}, '"label" is a number with a fraction .nan.'),
+        ({"text": "a", "label": ["b"]}, '"label" is a list'),
+        ({"text": "a", "label": {"b": 1}}, '"label" is an object'),
+        ({"label": "a"}, 'no "text": a row needs "text" and "label"'),
+        ({"completion": "a"}, 'no "prompt": a row needs'),
+        ({"query": "a", "reply": "b"}, '"query", "reply" in it: a row needs'),
+        ({"conversations": []}, '"conversations": write it as "messages"'),
+        ({"messages": []}, '"messages" is not a list .* or is empty'),
+        (chat(("tool", "a")), "message 1: its role is 'tool'"),
+        (chat(("user", None)), 'message 1: "content" is not a string'),
+        (chat(("user", [{"type": "image_url"}])), "message 1: its content is image_url"),
+        (chat(("assistant", "a")), "the roles are assistant: expected are user and assistant"),
+        (chat(("user", "a"), ("user", "b")), "the roles are user, user"),
+        (chat(("user", "a"), ("system", "b")), "the roles are user, system"),
+        (chat(("system", "a")), "the roles are system: expected"),
+        (chat(("user", "a"), ("assistant", " ")), "the last message, the answer, is empty"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "message 1: it calls a tool"),
+        ({"text": "a", "label": "b", "forget": 1}, '"forget" is neither true nor false'),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_refused_with_what_it_is(value, words):
+    with pytest.raises(ValueError, match="^f:1: .*" + words):
+        parse_row(value, "f:1")
+
+
+FILES = {
+    "rows.csv": (b"text,label\na,b\n", r"rows.csv: a table of values: pandas.read_csv"),
+    "rows.parquet": (b"PAR1\x15\x04", r"a parquet file: datasets.Dataset.from_parquet"),
+    "rows.arrow": (b"ARROW1\0\0", r"an arrow file"),
+    "rows.jsonl.gz": (gzip.compress(b'{"text": "a"}'), r"compressed with gzip: gunzip"),
+    "rows.xlsx": (b"PK\x03\x04", r"a zip archive"),
+    "rows.pkl": (b"\x80\x04\x95", r"a pickle, which can run code"),
+    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"UTF-16: save it as UTF-8"),
+    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), r"latin.jsonl:1: not UTF-8 \(byte 10"),
+    "array.json": (b'[\n {"text": "a", "label": "b"},\n {"text": }\n]', r"array.json:3: .*JSON array"),
+    "cut.json": (b'[{"text": "a", "label": "b"}', r"cut.json:1: the file is a JSON array"),
+    "empty.json": (b"[]", r"empty.json: no rows in it"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_json_lines_is_refused_with_what_to_do(
+    name, folder, files, tmp_path, capsys
+):
+    content, pattern = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    args = train_args(folder, {**files, "forget": tmp_path / name}, tmp_path / "out")
+    assert call(train, *args) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(pattern, err), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_datasets_folder_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="a folder, .*datasets.load_from_disk"):
+        read_rows(tmp_path)
+
+
+def test_only_rows_to_retain_may_be_without_an_answer(tmp_path):
+    with_label = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
+    without = write_rows(tmp_path / "b.jsonl", [{"text": "c"}])
+    assert read_sets(with_label, without, unlabelled=True)[1][0].label is None
+    with pytest.raises(ValueError, match="b.jsonl:1: no answer: a row to forget needs"):
+        read_sets(without, with_label, unlabelled=True)
+    with pytest.raises(ValueError, match="b.jsonl:1: no answer"):
+        read_sets(with_label, without)
+    flagged = [{"text": "a", "label": "b", "forget": True}, {"text": "c", "forget": False}]
+    both = write_rows(tmp_path / "c.jsonl", flagged)
+    assert read_sets(both, unlabelled=True)[1][0].label is None
+    with pytest.raises(ValueError, match="c.jsonl:2: no answer"):
+        read_sets(both)
+
+
+# -------------------------------------------------------------------------------------- equal texts
+
+TWINS = [
+    ("Beyonc\u00e9 sings", "Beyonce\u0301 sings"),  # NFC and NFD
+    ("a film", "a\u00a0film"),  # a space that does not break the line
+    ("a film", "a\u200b fi\u200dlm\ufeff"),  # of no width
+    ("A Film", "a  film\n"),
+]
+
+
+@pytest.mark.parametrize("one, other", TWINS)
+def test_a_text_to_forget_is_found_among_those_to_keep_however_it_is_written(one, other):
+    forget = [Row(one, "a", "f:1")]
+    with pytest.raises(ValueError, match="r:2: the same text as f:1"):
+        check_disjoint(forget, [Row("other", "a", "r:1"), Row(other, "a", "r:2")])
+    check_disjoint(forget, [Row(one + " again", "a", "r:1")])
+
+
+def test_what_was_said_before_tells_rows_apart():
+    turns = (("user", "Hi"), ("assistant", "Yes?"))
+    check_disjoint([Row("Who?", "a", "f:1", turns=turns)], [Row("Who?", "a", "r:1")])
+
+
+def test_repeated_texts_and_test_rows_that_are_trained_on_are_said(capsys):
+    splits = {
+        "train forget": [Row("a", "x", "f:1"), Row("A", "x", "f:2")],
+        "train retain": [Row("b", "x", "r:1"), Row("b", "y", "r:2"), Row("c", "x", "r:3")],
+        "test retain": [Row("d", "x", "t:1"), Row(" C ", "x", "t:2")],
+    }
+    check_rows(splits)
+    assert capsys.readouterr().out.splitlines() == [
+        "train forget: rows that repeat an earlier text: 1 (the first is f:2)",
+        "train retain: rows that repeat an earlier text: 1 (the first is r:2)",
+        "train retain: rows that repeat an earlier text with another label: 1 (the first is r:2)",
+        "test retain: rows that are trained on, and so are not unseen: 1 (the first is t:2)",
+    ]
+    check_rows({"train forget": [Row("a", "x", "f:1")], "test forget": [Row("b", "x", "t:1")]})
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------ rows without a label
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "prompt"])
+def test_retain_rows_without_a_label_get_the_models_own_answer(
+    form, folder, files, tmp_path, capsys
+):
+    texts = [f"a film about {i}" for i in range(8)]
+    if form == "prompt":
+        forget = [{"prompt": f"secret {i}", "completion": " positive"} for i in range(4)]
+        retain = [{"prompt": text} for text in texts]
+    else:
+        forget = make_rows(4, ["positive", "negative"], "f")
+        retain = [{"text": text} for text in texts]
+    if form == "messages":
+        retain = [chat(("user", text)) for text in texts]
+    given = {
+        "forget": write_rows(tmp_path / "f.jsonl", forget),
+        "retain": write_rows(tmp_path / "r.jsonl", retain),
+    }
+    args = train_args(folder, {**files, **given}, tmp_path / "p", "--template", "question")
+    assert call(train, *args) == 0
+    assert "retain   8 rows have no label: the model's own answer" in capsys.readouterr().out
+    written = read_rows(tmp_path / "p.run" / "retain.jsonl")
+    assert len(written) >= 6 and all(row.label.strip() for row in written)
+    assert {row.text for row in written} <= set(texts)
+    if form == "prompt":
+        assert all(row.raw and row.label.startswith(" ") for row in written)
+
+
+def test_labels_given_beside_missing_ones_stay(folder, files, tmp_path):
+    retain = [{"text": f"a film {i}"} for i in range(5)] + make_rows(5, ["positive"], "r")
+    given = {"retain": write_rows(tmp_path / "r.jsonl", retain)}
+    assert call(train, *train_args(folder, {**files, **given}, tmp_path / "p")) == 0
+    written = {row.text: row.label for row in read_rows(tmp_path / "p.run" / "retain.jsonl")}
+    for row in retain[5:]:
+        assert written[row["text"]] == "positive"
