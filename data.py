@@ -95,13 +95,13 @@ class Row:
 
 
 def read_rows(path, unlabelled=False):
-    """The rows of a JSON Lines file. Raises ValueError, with file:line, for the first bad line.
+    """The rows of a file. Raises ValueError, with file:line, for the first bad row.
 
     unlabelled: rows may be without a label.
     """
     rows = [Row(**fields) for fields in read_fields(path)]
     if not unlabelled:
-        check_labelled(rows, "such a row")
+        check_labelled(rows, "each of these rows")
     return rows
 
 
@@ -128,7 +128,7 @@ def read_sets(forget, retain=None, unlabelled=False):
     check_labelled(forget_rows, "a row to forget")
     retain_rows = [row for row in rows if not row.forget]
     if not unlabelled:
-        check_labelled(retain_rows, "such a row")
+        check_labelled(retain_rows, "each of these rows")
     return forget_rows, retain_rows
 
 

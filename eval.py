@@ -15,7 +15,6 @@ Letters: B rows, n answer tokens of a row, N of a batch, p prompt tokens, d widt
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +23,15 @@ from data import Row, answer_ids, generic_ids, make_examples, prompt_ids
 from spul import answer_hidden, load_prompt
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
-from support.files import check_json_path, read_json, write_json
+from support.files import check_json_path
 from support.hardware import load_model, read_config, row_limit, window_warning
 from support.rows import check_rows, check_text
-from support.templates import choose_template, template_from_json
+from support.tables import COSTS, costs, report
+from support.templates import choose_template, in_other_chats, template_from_json
 
 MAX_ANSWER = 256  # tokens of an answer in a chat
+OTHER_ROWS = 100  # of a split, measured under another system message and in a second turn
 MAX_LABELS = 50  # more different answers than this are not a label set
-# accuracy: answers that are the true one. probability: of the true answer. f1: weighted by the
-# rows of each label. generic: generic answers. outside: answers that are not a label. commonest:
-# share of the commonest answer. rouge_l: words of the true answer, in order, in the generated one.
-METRICS = ("accuracy", "probability", "f1", "generic", "outside", "commonest", "rouge_l")
-COSTS = {
-    "trainable": "parameters trained",
-    "steps": "steps",
-    "seconds": "s in them",
-    "peak_bytes": "bytes of memory at most",
-}
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -163,7 +154,8 @@ def measure(
     batch_size=32,
     generate=None,
 ):
-    """What is measured on one split, a dict of fractions of 1 (METRICS), and its number of rows.
+    """What is measured on one split, a dict of fractions of 1 (METRICS of
+    support/tables.py), and its number of rows.
 
     labels: `label_set` of the rows, or None where answers are sentences. generic: generic answers.
     hidden, generate: the results of `answer_hidden` and `generator`, if the caller has them, or if
@@ -194,9 +186,6 @@ def measure(
     return result
 
 
-# ------------------------------------------------------------------------------------------ tables
-
-
 def label_set(rows, tokenizer, generic, template):
     """{answer: its ids} of all rows' answers and the generic ones; None if they are sentences.
 
@@ -213,30 +202,6 @@ def label_set(rows, tokenizer, generic, template):
     for name in generic:
         labels[name] = generic_ids(tokenizer, name, template, completion, end=False)
     return labels
-
-
-def costs(info):
-    """What spul.json or run.json says of the cost."""
-    return {name: info[name] for name in COSTS if type(info.get(name)) in (int, float)}
-
-
-def table(before, after=None, metrics=METRICS):
-    """The results as text: a line per split, metrics in per cent, without -> with the prompt."""
-    sides = [before, after] if after else [before]
-    names = [m for m in metrics if any(m in result for result in sides[-1].values())]
-    width = 17 if after else 13
-
-    def line(head, rows, cells):
-        return f"{head:13}{rows:>7}" + "".join(f"{cell:>{width}}" for cell in cells)
-
-    lines = [line("%", "rows", names)]
-    for split in before:
-        cells = []
-        for name in names:
-            values = [f"{100 * side[split][name]:5.1f}" for side in sides if name in side[split]]
-            cells.append(" -> ".join(values).strip())
-        lines.append(line(split, before[split]["rows"], cells))
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -312,6 +277,18 @@ def ask_command(args, model, tokenizer, phi, info):
         print(f"with the prompt:    {ask(*common, generator(model, phi))}")
 
 
+def ways_to_ask(splits, template):
+    """{name: (template, rows)}: each split; in a chat also where nobody trained, with fewer rows."""
+    ways = {}
+    for name, rows in splits.items():
+        ways[name] = (template, rows)
+        if template.chat:
+            part = [row for row in rows if not row.raw][:OTHER_ROWS]
+            for what, way in in_other_chats(template, part).items():
+                ways[f"{name}, {what}"] = way
+    return ways
+
+
 def table_command(args, model, tokenizer, phi, info, splits):
     """Measure every split, print the table, and write it to --json."""
     generic = info.get("generic", [])
@@ -321,8 +298,8 @@ def table_command(args, model, tokenizer, phi, info, splits):
     labels = label_set(all_rows, tokenizer, generic, template)
     before = {}
     after = {}
-    for name, rows in splits.items():
-        examples, cut = make_examples(rows, tokenizer, template, limit)
+    for name, (asked_in, rows) in ways_to_ask(splits, template).items():
+        examples, cut = make_examples(rows, tokenizer, asked_in, limit)
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
         longest = max(len(e.ids) for e in examples)
@@ -333,30 +310,6 @@ def table_command(args, model, tokenizer, phi, info, splits):
         if phi is not None:
             after[name] = measure(*common, phi, batch_size=args.batch_size)
     report(args, model, info, before, after)
-
-
-def report(args, model, info, before, after, metrics=METRICS, **more):
-    """Print the table and the cost, and write both, and more, to --json."""
-    cost = costs(info or run_info(args.model))
-    print(table(before, after, metrics))
-    if cost:
-        print("cost: " + ", ".join(f"{value:,.0f} {COSTS[name]}" for name, value in cost.items()))
-    if args.json:
-        results = {
-            "model": args.model,
-            "prompt": args.prompt,
-            "dtype": str(model.dtype),
-            "cost": cost,
-            "without": before,
-            "with": after or None,
-        }
-        write_json(args.json, results | more)
-
-
-def run_info(folder):
-    """The run.json of a model folder that a command of extras/ wrote, or {}."""
-    file = Path(folder) / "run.json"
-    return read_json(file) if file.is_file() else {}
 
 
 def main(argv=None):

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from data import collate, common_prefix, epoch_batches, make_examples
-from eval import label_set, measure, table
+from eval import label_set, measure
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
 from support.checks import check_generic, read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
@@ -44,6 +44,7 @@ from support.rows import check_rows
 from support.self_written import own_retain, row_to_json
 from support.state import LOG, STATE, WRITTEN, check_out, check_same_run, clear_run, load_state
 from support.state import read_run, run_folder, save_state, stopped_message
+from support.tables import table
 from support.templates import choose_template, template_to_json
 
 # The optimizer of the released code: AdamW, weight decay 1e-3, the gradient's norm clipped at 0.3,

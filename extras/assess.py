@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from data import read_rows
-from eval import label_set, load_prompts, run_info, template_of
+from eval import label_set, load_prompts, template_of
 from extras.guards import is_guard
 from extras.probes import ATTACK, PARTS, SAMPLES, Setting, Subject
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, number, read_splits
@@ -33,6 +33,7 @@ from support.hardware import row_limit
 from support.identity import fingerprint
 from support.rows import check_disjoint
 from support.state import STATE, run_folder
+from support.tables import run_info
 from support.templates import read_template, template_to_json
 
 COLUMNS = ("before", "with", "retrained")

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import Example, Row, answer_ids, by_length, collate, make_examples
-from eval import METRICS, ask, generator, label_set, measure, report, score
+from eval import ask, generator, label_set, measure, score
 from eval import template_of
 from extras.finetune import accuracy
 from spul import answer_hidden
@@ -41,6 +41,7 @@ from support.files import check_json_path, read_json, weight_files, write_json, 
 from support.hardware import load_llama, load_model, peak_memory, row_limit
 from support.identity import check_fingerprint, fingerprint
 from support.rows import check_text
+from support.tables import METRICS, report
 from support.templates import template_from_json, template_to_json
 
 # What ECO does to some entries x of an embedding; z ~ N(0, 1), and s is the strength.

@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 from data import TEMPLATES, Template, by_length, collate, common_prefix, epoch_batches
 from data import make_examples
-from eval import COSTS, costs, score
+from eval import score
 from extras.finetune import Lora, accuracy, fit, swap
 from extras.guards import fit_classifier
 from extras.robust import neighbours, non_text_ids, semantic, text_ids
 from spul import SoftPrompt, answer_hidden
 from support.files import weight_files
-from support.templates import Chat
+from support.tables import COSTS, costs
+from support.templates import in_other_chats
 from train import make_optimizer, train_step
 
 SAMPLES = 8
@@ -305,15 +306,6 @@ CHANGES = {
 }
 OTHER_TEMPLATES = ("another template", "a third template")
 OTHER_SIDE = ("a row of the other side in front", "a row of the other side behind")
-
-
-def in_other_chats(template, rows):
-    """{name: (template, rows)}: the rows under another system message, and in a second turn."""
-    turns = (("user", "Hello! Can you help me?"), ("assistant", "Of course. What is it?"))
-    later = [replace(row, turns=(*row.turns, *turns)) for row in rows]
-    system = Chat(template.chat.folder, "You are an expert. Answer briefly.")
-    other = replace(template, string=system.string(), system=system.system, chat=system)
-    return {"another system message": (other, rows), "in a second turn": (template, later)}
 
 
 def reworded(template):

@@ -25,12 +25,13 @@ from dataclasses import replace
 
 from data import make_examples
 from eval import generate_answers, generator, label_set, load_prompts, measure
-from eval import report, rouge_l, score, template_of
+from eval import rouge_l, score, template_of
 from extras.guards import is_guard
 from spul import answer_hidden
 from support.cli import Parser, add_options, check_required, non_empty, read_splits, run, use_demo
 from support.files import check_json_path
 from support.hardware import check_same_shape, load_model, read_config, row_limit
+from support.tables import report
 
 METRICS = (
     "accuracy",

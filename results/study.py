@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import plans  # noqa: E402
 import store  # noqa: E402
 import tables  # noqa: E402
-from eval import costs  # noqa: E402
+from support.tables import costs  # noqa: E402
 from extras.finetune import ADAPTER  # noqa: E402
 from support.cli import run as run_command  # noqa: E402
 from support.files import read_json, weight_files, write_text, write_whole  # noqa: E402

@@ -7,6 +7,7 @@ import os.path
 
 from support.files import read_text
 
+
 def read_generic(value):
     """--generic -> the generic answers, of "A,B,..." or of a file with one on each line."""
     if os.path.isfile(value):

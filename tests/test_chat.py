@@ -1,6 +1,7 @@
 """Chat templates: the same ids as transformers', and special tokens only where the template is."""
 
 import json
+import re
 
 import pytest
 import tokenizers
@@ -324,7 +325,11 @@ def test_eval_measures_a_chat_prompt_and_takes_another_system_message(chat_run, 
     folder, out, args = chat_run
     for more in ([], ["--system", "Be brief."]):
         assert call(evaluate, *args, "--prompt", out, *more) == 0
-        assert "train retain" in capsys.readouterr().out
+        lines = capsys.readouterr().out.splitlines()
+        names = [re.split(r"  +", line)[0] for line in lines if line.startswith("train")]
+        for split in ("train forget", "train retain"):
+            assert split in names and f"{split}, second turn" in names
+            assert f"{split}, other system" in names
 
 
 def test_ask_chats_in_the_prompts_template(chat_run, capsys, monkeypatch):
