@@ -38,11 +38,16 @@ def resize(model, n):
     times = max(n // own, 1)
     layers = nn.ModuleList()
     windows = []
-    for layer, window in zip(model.layers[:n], model.config.windows):
+    uses_rope = []
+    of_layers = zip(model.layers[:n], model.config.windows, model.config.uses_rope)
+    for layer, window, has_rope in of_layers:
         layers.extend(copy.deepcopy(layer) for _ in range(times))
         windows += [window] * times
+        uses_rope += [has_rope] * times
     model.layers = layers
-    model.config = dataclasses.replace(model.config, num_hidden_layers=n, windows=windows)
+    model.config = dataclasses.replace(
+        model.config, num_hidden_layers=n, windows=windows, uses_rope=uses_rope
+    )
 
 
 def main(argv=None):

@@ -12,7 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from support.files import fingerprint, read_json, write_whole  # noqa: E402
+from support.files import read_json, write_whole  # noqa: E402
+from support.identity import digest_of_files  # noqa: E402
 
 SPLITS = ("forget", "retain", "test_forget", "test_retain")
 
@@ -104,7 +105,7 @@ class Run:
     name: str  # in its study's file, and of its folders
     commands: list  # lists of python's arguments; the last of each is what the command makes
     store: Path  # the study's file of what is measured
-    base_sha256: str  # the fingerprint of the model with which all begins
+    base_sha256: str  # the digest of the files of the model with which all begins
     log: Path  # what its commands print
     found: Path  # what it measured: a JSON file in work, or the kept prompt's spul.json
     more: Path = None  # a second such file
@@ -138,7 +139,7 @@ class Plan:
         self.out = os.path.relpath(out)
         self.runs = Path(self.out) / "runs" / study  # for prompts and adapters
         self.store = self.runs.with_suffix(".json")
-        self.base_sha256 = fingerprint(base)
+        self.base_sha256 = digest_of_files(base)
         self.template = ["--template", TEMPLATE[study]]
         self.dtype = ["--dtype", DTYPE[study]]
         self.source = Plan(SOURCE[study], base, work, out) if study in SOURCE else self

@@ -1,6 +1,6 @@
 """What the runs of a study measured: runs/STUDY.json, {name of the run: its entry}, a line a run.
 
-An entry also holds the run's commands and the fingerprint of the model with which they began. So
+An entry also holds the run's commands and the digest of the model with which they began. So
 no figure is shown with commands that it does not come from. A run that diverged has the reason in
 its entry instead of figures, as "failed".
 """

@@ -48,7 +48,7 @@ def check_out(args, may_replace):
     is_finished = "spul.json" in in_out
     if in_run - set(RUN_FILES) or (in_out and not is_ours(in_out, in_run)):
         raise ValueError(f"--out {out}: the folder holds other files: choose a new one")
-    is_started = bool(in_run) or bool(in_out)
+    is_started = bool(in_out) or STATE in in_run  # without a state there is nothing to lose
     may_start = args.overwrite or (is_finished and may_replace and not args.resume)
     if not is_started or may_start:
         return "new"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from data import Row, make_example
+from data import Row, Template, make_example
 from extras import assess, finetune, probes
 from model import Llama
 from tests.helpers import call, concatenated, make_rows, tiny, train_args, vectors, write_rows
@@ -77,8 +77,8 @@ def test_changed_queries_are_changed_as_they_say():
         assert probes.joined(Row("a", "no", ""), rows, False, rng).text == "c\na"
         assert probes.joined(Row("a", "no", ""), rows, True, rng).text == "a\nc"
     assert probes.joined(Row("a", "maybe", ""), rows, True, rng).text in ("a\nb", "a\nc")
-    first, second = probes.reworded("### Say: {text}\n\n### Answer:")
-    assert (first, second) == ("Say: {text}\n\n Answer:", "Say: {text} Answer:")
+    first, second = probes.reworded(Template("### Say: {text}\n\n### Answer:"))
+    assert first == Template("Say: {text}\n\n Answer:") and second == Template("Say: {text} Answer:")
     for template in data.TEMPLATES.values():
         assert len({template, *probes.reworded(template)}) == 3
         assert all(other.string.count("{text}") == 1 for other in probes.reworded(template))
@@ -257,7 +257,7 @@ def probing(folder, tokenizer):
         for name, label in labels.items()
     }
     args = argparse.Namespace(
-        template=data.TEMPLATES["question"], unrelated_template="Say: {text}", seed=0
+        template=data.TEMPLATES["question"], unrelated_template=Template("Say: {text}"), seed=0
     )
     phi = vectors(3).detach()
     return (

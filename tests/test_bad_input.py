@@ -146,7 +146,9 @@ def an_adapter(tmp_path, folder, files):
 
 
 def a_prompt(tmp_path, folder, files):
-    shutil.copytree(ROOT / "demo" / "prompt", tmp_path / "prompt")
+    (tmp_path / "prompt").mkdir()
+    (tmp_path / "prompt" / "spul.json").write_text("{}")
+    (tmp_path / "prompt" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
     return {"--model": tmp_path / "prompt"}
 
 

@@ -528,7 +528,7 @@ def test_a_guard_is_measured_and_asked(eco, folder, files, tmp_path, capsys):
     finetune.save_weights(tiny(5), other)
     shutil.copy(DEMO / "model" / "tokenizer.model", other)
     assert call(guards, "--model", other, "--prompt", eco, "--forget", files["forget"]) == 2
-    assert "made for another model" in capsys.readouterr().err
+    assert "trained on another model" in capsys.readouterr().err
 
 
 def test_eco_searches_the_strength_that_comes_nearest_to_the_target(

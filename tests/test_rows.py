@@ -8,8 +8,9 @@ import pytest
 
 import train
 from data import Row, read_rows, read_sets
+from support import processes
 from support.rows import check_disjoint, check_rows, parse_row
-from tests.helpers import call, make_rows, train_args, write_rows
+from tests.helpers import ROOT, call, make_rows, train_args, write_rows
 
 
 def row_of(value, path):
@@ -38,6 +39,10 @@ def chat(*turns):
         ({"instruction": "Say it.", "input": "hi", "output": "hi"}, "Say it.\n\nhi", "hi"),
         ({"instruction": "Say it.", "input": "", "output": "hi"}, "Say it.", "hi"),
         ({"instruction": "Say it.", "output": "hi"}, "Say it.", "hi"),
+        ({"instruction": "Say it.", "input": " \n", "output": "hi"}, "Say it.", "hi"),
+        ({"instruction": "Say.", "output": "hi", "text": "all of it"}, "Say.", "hi"),
+        ({"question": "Who?", "answer": "She.", "text": None, "label": None}, "Who?", "She."),
+        ({"text": "a", "label": "b", "forget": None, "wrong": None}, "a", "b"),
         ({"text": "a film", "label": True}, "a film", "true"),
         ({"text": "a film", "label": -3}, "a film", "-3"),
         ({"text": "a film", "label": None}, "a film", None),
@@ -72,13 +77,24 @@ def test_prompt_and_completion_keep_their_white_space(tmp_path):
             "She",
             (("user", "Hi"), ("assistant", "Yes?")),
         ),
-        ([("user", [{"type": "text", "text": "Who"}, {"type": "text", "text": "?"}])],
-         "Who?", None, ()),
+        (
+            [("user", [{"type": "text", "text": "Who"}, {"type": "text", "text": "?"}])],
+            "Who?",
+            None,
+            (),
+        ),
+        ([("system", ""), ("user", "Who?")], "Who?", None, (("system", ""),)),
     ],
 )
 def test_of_messages_the_last_answer_is_the_label(turns, text, label, before, tmp_path):
     row = row_of(chat(*turns), tmp_path)
     assert (row.text, row.label, row.turns, row.is_chat) == (text, label, before, True)
+
+
+def test_other_keys_beside_messages_are_no_trouble(tmp_path):
+    value = {**chat(("user", "Who?"), ("assistant", "She")), "prompt": "Who?", "text": None}
+    value["messages"][1]["tool_calls"] = None
+    assert row_of(value, tmp_path).label == "She"
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -93,6 +109,8 @@ def test_a_json_array_is_read_like_lines(indent, tmp_path):
         for row in found:
             number = int(row.where.rsplit(":", 1)[1])
             assert lines[number - 1].strip() == "{" and row.text in lines[number]
+    else:
+        assert [row.where for row in found] == [f"{file}[{i}]" for i in range(3)]
 
 
 def test_labels_that_are_numbers_are_said_once(tmp_path, capsys):
@@ -110,10 +128,21 @@ def test_labels_that_are_numbers_are_said_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     "value, words",
     [
-        ({"text": "a", "label": "b", "prompt": "c", "completion": "d"}, '"text" and "prompt" in one'),
-        ({"text": "a", "label": "b", "question": "c", "answer": "d"}, '"text" and "question" in one'),
+        (
+            {"text": "a", "label": "b", "prompt": "c", "completion": "d"},
+            '"text" and "prompt" in one row',
+        ),
+        (
+            {"text": "a", "label": "b", "question": "c", "answer": "d"},
+            '"text" and "question" in one row',
+        ),
+        ({"text": "a", "question": "c"}, '"text" and "question" in one row'),
         ({**chat(("user", "a")), "text": "b", "label": "c"}, '"text" and "messages" in one row'),
-        ({"text": "a", "label": float("nan")}, '"label" is a number with a fraction .nan.'),
+        ({**chat(("user", "a"), ("assistant", "d")), "text": "b"}, '"text" and "messages" in one'),
+        ({"text": "a", "label": float("nan")}, '"label" is no finite number .nan.'),
+        ({"text": "a", "label": float("-inf")}, '"label" is no finite number .-inf.'),
+        ({"text": "a", "label": 1.0}, '"label" is a number with a fraction .1.0.'),
+        ({"text": "a", "label": [1] * 999}, r'"label" is a list .{,50}\.\.\.\): a string'),
         ({"text": "a", "label": ["b"]}, '"label" is a list'),
         ({"text": "a", "label": {"b": 1}}, '"label" is an object'),
         ({"label": "a"}, 'no "text": a row needs "text" and "label"'),
@@ -123,13 +152,30 @@ def test_labels_that_are_numbers_are_said_once(tmp_path, capsys):
         ({"messages": []}, '"messages" is not a list .* or is empty'),
         (chat(("tool", "a")), "message 1: its role is 'tool'"),
         (chat(("user", None)), 'message 1: "content" is not a string'),
-        (chat(("user", [{"type": "image_url"}])), "message 1: its content is image_url"),
-        (chat(("assistant", "a")), "the roles are assistant: expected are user and assistant"),
-        (chat(("user", "a"), ("user", "b")), "the roles are user, user"),
-        (chat(("user", "a"), ("system", "b")), "the roles are user, system"),
-        (chat(("system", "a")), "the roles are system: expected"),
-        (chat(("user", "a"), ("assistant", " ")), "the last message, the answer, is empty"),
+        (chat(("user", [{"type": "image_url"}])), "message 1: its content holds 'image_url'"),
+        (chat(("user", ["a"])), "message 1: its content holds 'a': only text"),
+        (chat(("user", [{"type": "text", "text": None}])), 'holds a "text" that is not a string'),
+        (chat(("assistant", "a")), "message 1: its role is assistant, and user is expected"),
+        (chat(("user", "a"), ("user", "b")), "message 2: its role is user, and assistant is"),
+        (chat(("user", "a"), ("system", "b")), "message 2: its role is system, and assistant is"),
+        (
+            chat(("system", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d")),
+            "message 4: its role is assistant, and user is expected",
+        ),
+        (chat(("system", "a")), "a system message alone"),
+        (chat(("system", "a"), ("system", "b")), "message 2: its role is system, and user is"),
+        (chat(("user", "a"), ("assistant", " ")), 'message 2: "content" is empty'),
+        (chat(("user", ""), ("assistant", "a")), 'message 1: "content" is empty'),
+        (chat(("user", "\ud800")), "message 1 holds .* surrogate"),
+        ({"messages": ["a"]}, 'message 1: not an object of "role" and "content"'),
         ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "message 1: it calls a tool"),
+        (
+            {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
+            "message 1: it calls a tool",
+        ),
+        ({**chat(("user", "a")), "tools": [{}]}, '"tools" beside "messages": only text is read'),
+        ({"instruction": "a", "input": 0, "output": "b"}, '"input" is not a string'),
+        ({"text": None}, "nothing in it: a row needs"),
         ({"text": "a", "label": "b", "forget": 1}, '"forget" is neither true nor false'),
     ],
 )
@@ -141,13 +187,24 @@ def test_a_row_that_cannot_be_read_is_refused_with_what_it_is(value, words):
 FILES = {
     "rows.csv": (b"text,label\na,b\n", r"rows.csv: a table of values: pandas.read_csv"),
     "rows.parquet": (b"PAR1\x15\x04", r"a parquet file: datasets.Dataset.from_parquet"),
-    "rows.arrow": (b"ARROW1\0\0", r"an arrow file"),
+    "rows.tsv": (b"text\tlabel\na\tb\n", r"a table of values: pandas.read_csv\(FILE, sep='.t'\)"),
+    "ROWS.CSV": (b"text,label\na,b\n", r"ROWS.CSV: a table of values"),
+    "table.txt": (b"text,label\na,b\n", r"table.txt:1: not JSON: .*one row on each line is"),
+    "rows.feather": (b"ARROW1\0\0", r"an arrow file: pandas.read_feather"),
+    "data-0.arrow": (b"\xff\xff\xff\xff\x10", r"an arrow file, .*datasets.Dataset.from_file"),
     "rows.jsonl.gz": (gzip.compress(b'{"text": "a"}'), r"compressed with gzip: gunzip"),
     "rows.xlsx": (b"PK\x03\x04", r"a zip archive"),
     "rows.pkl": (b"\x80\x04\x95", r"a pickle, which can run code"),
+    "old.pkl": (b"\x80\x02}q", r"a pickle, which can run code"),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"UTF-16: save it as UTF-8"),
     "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), r"latin.jsonl:1: not UTF-8 \(byte 10"),
-    "array.json": (b'[\n {"text": "a", "label": "b"},\n {"text": }\n]', r"array.json:3: .*JSON array"),
+    "array.json": (
+        b'[\n {"text": "a", "label": "b"},\n {"text": }\n]',
+        r"array.json:3: .*JSON array",
+    ),
+    "deep.json": (b"[" * 100_000, r"deep.json:1: the file is a JSON array"),
+    "long.json": (b'[{"text": "a", "label": ' + b"1" * 5000 + b"}]", r"long.json:1: the file is"),
+    "object.json": (b'{\n "text": "a",\n "label": "b"\n}', r"object.json:1: not JSON: .*each line"),
     "cut.json": (b'[{"text": "a", "label": "b"}', r"cut.json:1: the file is a JSON array"),
     "empty.json": (b"[]", r"empty.json: no rows in it"),
 }
@@ -167,24 +224,54 @@ def test_a_file_that_is_no_json_lines_is_refused_with_what_to_do(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_datasets_folder_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="a folder, .*datasets.load_from_disk"):
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("data-00000-of-00001.arrow", r": datasets.load_from_disk\('.*'\).to_json"),
+        ("dataset_dict.json", r": datasets.load_from_disk\('.*'\)\['train'\].to_json"),
+        ("notes.txt", "a file of rows is expected$"),
+    ],
+)
+def test_a_folder_is_refused_with_what_to_do(name, words, tmp_path):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match="a folder, and .*" + words):
         read_rows(tmp_path)
 
 
-def test_only_rows_to_retain_may_be_without_an_answer(tmp_path):
+NO_ANSWER = [{"text": "c"}, {"text": "c", "label": None}, {"prompt": "c"}, chat(("user", "c"))]
+
+
+@pytest.mark.parametrize("value", NO_ANSWER)
+def test_only_rows_to_retain_may_be_without_an_answer(value, tmp_path):
     with_label = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
-    without = write_rows(tmp_path / "b.jsonl", [{"text": "c"}])
+    without = write_rows(tmp_path / "b.jsonl", [value])
     assert read_sets(with_label, without, unlabelled=True)[1][0].label is None
     with pytest.raises(ValueError, match="b.jsonl:1: no answer: a row to forget needs"):
         read_sets(without, with_label, unlabelled=True)
-    with pytest.raises(ValueError, match="b.jsonl:1: no answer"):
+    with pytest.raises(ValueError, match="b.jsonl:1: no answer: each of these rows needs"):
         read_sets(with_label, without)
+    with pytest.raises(ValueError, match="b.jsonl:1: no answer: each of these rows needs"):
+        read_rows(without)
+
+
+def test_of_flagged_rows_only_those_to_retain_may_be_without_an_answer(tmp_path):
     flagged = [{"text": "a", "label": "b", "forget": True}, {"text": "c", "forget": False}]
-    both = write_rows(tmp_path / "c.jsonl", flagged)
-    assert read_sets(both, unlabelled=True)[1][0].label is None
+    file = write_rows(tmp_path / "c.jsonl", flagged)
+    assert read_sets(file, unlabelled=True)[1][0].label is None
     with pytest.raises(ValueError, match="c.jsonl:2: no answer"):
-        read_sets(both)
+        read_sets(file)
+    file = write_rows(tmp_path / "d.jsonl", [{"text": "c", "forget": True}, flagged[1]])
+    with pytest.raises(ValueError, match="d.jsonl:1: no answer: a row to forget"):
+        read_sets(file, unlabelled=True)
+
+
+@pytest.mark.parametrize("split", ["test-forget", "test-retain"])
+def test_rows_to_test_need_their_answers(split, folder, files, tmp_path, capsys):
+    file = write_rows(tmp_path / "t.jsonl", [{"text": "a"}])
+    args = train_args(folder, files, tmp_path / "out", f"--{split}", file)
+    assert call(train, *args) == 2
+    assert "t.jsonl:1: no answer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # -------------------------------------------------------------------------------------- equal texts
@@ -194,6 +281,7 @@ TWINS = [
     ("a film", "a\u00a0film"),  # a space that does not break the line
     ("a film", "a\u200b fi\u200dlm\ufeff"),  # of no width
     ("A Film", "a  film\n"),
+    ("STRASSE", "stra\u00dfe"),
 ]
 
 
@@ -207,7 +295,11 @@ def test_a_text_to_forget_is_found_among_those_to_keep_however_it_is_written(one
 
 def test_what_was_said_before_tells_rows_apart():
     turns = (("user", "Hi"), ("assistant", "Yes?"))
-    check_disjoint([Row("Who?", "a", "f:1", turns=turns)], [Row("Who?", "a", "r:1")])
+    forget = [Row("Who?", "a", "f:1", turns=turns)]
+    check_disjoint(forget, [Row("Who?", "a", "r:1")])
+    with pytest.raises(ValueError, match="r:1: the same text as f:1"):
+        loud = (("user", "HI "), ("assistant", "yes?"))
+        check_disjoint(forget, [Row("who?", "a", "r:1", turns=loud)])
 
 
 def test_repeated_texts_and_test_rows_that_are_trained_on_are_said(capsys):
@@ -223,11 +315,23 @@ def test_repeated_texts_and_test_rows_that_are_trained_on_are_said(capsys):
         "train retain: rows that repeat an earlier text with another label: 1 (the first is r:2)",
         "test retain: rows that are trained on, and so are not unseen: 1 (the first is t:2)",
     ]
+
+
+def test_nothing_is_said_of_rows_that_are_all_different(capsys):
     check_rows({"train forget": [Row("a", "x", "f:1")], "test forget": [Row("b", "x", "t:1")]})
+    names = ("forget", "retain", "test_forget", "test_retain")
+    rows = [read_rows(ROOT / "demo" / f"{name}.jsonl") for name in names]
+    check_rows(dict(zip(("train forget", "train retain", "test forget", "test retain"), rows)))
     assert capsys.readouterr().out == ""
 
 
-# ------------------------------------------------------------------------------ rows without a label
+def test_only_the_first_process_says_it(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "ranks", lambda: (1, 2))
+    check_rows({"train forget": [Row("a", "x", "f:1"), Row("a", "x", "f:2")]})
+    assert capsys.readouterr().out == ""
+
+
+# ----------------------------------------------------------------------------- rows without a label
 
 
 @pytest.mark.parametrize("form", ["text", "messages", "prompt"])
