@@ -11,7 +11,9 @@ Without a name it draws all three. --source has a folder for each, with these fi
            "label", the right one's letter; NOTICE says how to make them from sciq.json
     tofu   TOFU's forget10_perturbed.json and retain_perturbed.json; or perturbed_forget.jsonl and
            perturbed_retain.jsonl with "text", "label", "paraphrase" and "wrong", and
-           test_forget.jsonl and test_retain.jsonl, whose "text" is the same question reworded
+           test_forget.jsonl and test_retain.jsonl, whose "text" is the same question reworded;
+           for the chats also forget10.json and retain90.json, or train_forget.jsonl and
+           train_retain.jsonl with "text" and "label"
 
 NOTICE says where these files come from, and which rows are taken. A file is only written if it is
 the one that the experiments had, byte for byte.
@@ -44,6 +46,10 @@ SHA256 = {
     "sciq/retain": "94892b85a59f9073f1c2672b747673452bf9c56fa442bbd9dfb76e6c256a4f45",
     "sciq/test_forget": "776d8279157792a44af26c4eb713e12cb16aa5710a2f088320be2f909bc09ded",
     "sciq/test_retain": "6188a3e89f56c8d9075520a639291855e13123f7e1bf0b91d19e6c6b0d73a428",
+    "tofu/chat_forget": "e58da2cc092b04874c50c63c0d8c2a5464c3e84f6d85a53f96315006c71353b8",
+    "tofu/chat_retain": "1bc436fc7c5e503c914a74cb49c830f899e3b727bb562f9ad60d4bfe69b52853",
+    "tofu/chat_test_forget": "7e10ce48bda16c4af07063d6cbbdf06b91b13a3139718e46098a3677626c61cb",
+    "tofu/chat_test_retain": "e851c21d3837efffba0909802fdbc4199e9db76c00fe0a48f9e78b85c7f22e5f",
     "tofu/forget": "0476b8199b8daae603f57f5e0eafe24ec722872c01b024121ff602df3c04a47a",
     "tofu/retain": "8dfa0b38fdd06eb22f1e815ac05b8103b4a17c9f73e740384b70468c2f08b6d6",
     "tofu/test_forget": "d7ba6f7f44699ff24da35c9cd6c96090eb0229779becb950cc9e2805dd2991c5",
@@ -63,6 +69,7 @@ SCIQ = {
     "test_retain": {"test_retain": 300},
 }
 TOFU = {"forget": 40, "retain": 360}  # questions, 20 of each author
+CHAT = {"forget": 200, "retain": 600, "test": 200}  # questions of 10 and 30 authors
 EVERY = {"forget": 1, "retain": 4}  # in other words: all, and every fourth
 
 
@@ -121,6 +128,16 @@ def read_tofu(folder, side):
     return rows, [row["paraphrased_question"] for row in found]
 
 
+def read_questions(folder, side):
+    """TOFU's questions and answers, all of a side."""
+    file = folder / {"forget": "forget10.json", "retain": "retain90.json"}[side]
+    if not file.exists():
+        rows = read_lines(folder / f"train_{side}.jsonl", ("text", "label"))
+        return [(row["text"], row["label"]) for row in rows]
+    rows = read_lines(file, ("question", "answer"))
+    return [(row["question"], row["answer"]) for row in rows]
+
+
 # ------------------------------------------------------------------------------------- drawing
 
 
@@ -170,7 +187,20 @@ def tofu(folder):
         files[side] = [tofu_row(row, row["text"]) for row in rows[:n]]
         pairs = list(zip(rows, reworded))[: n : EVERY[side]]
         files[f"test_{side}"] = [tofu_row(row, question) for row, question in pairs]
+        files[f"chat_{side}"] = [chat(*pair) for pair in read_questions(folder, side)[: CHAT[side]]]
+        pairs = list(zip(reworded, rows))[: CHAT["test"]]
+        files[f"chat_test_{side}"] = [chat(question, row["label"]) for question, row in pairs]
     return files
+
+
+def chat(question, answer):
+    """A question and its answer as a conversation."""
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def tofu_row(row, question):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import eval as evaluate
 import train
 from spul import SoftPrompt, load_prompt, save_prompt
 from support.hardware import peak_memory
@@ -191,3 +192,17 @@ def test_free_vectors_do_not_start_from_padding_rows(folder, files, tmp_path, mo
     assert Tokenizer(folder).count == 2048
     assert tables[0].shape[0] == 2048
     assert torch.equal(tables[0], tiny(vocab_size=4096).embed_tokens.weight[:2048])
+
+
+def test_a_window_that_hides_the_prompt_is_said_with_its_numbers(folder, files, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"model_type": "mistral", "sliding_window": 9}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
+    args = train_args(tmp_path / "m", files, tmp_path / "p")
+    assert call(train, *args) == 0
+    out = capsys.readouterr().out
+    assert "window   the window of 3 layers is 9 positions: in rows of more than 5 tokens" in out
+    wanted = ["--model", tmp_path / "m", "--prompt", tmp_path / "p", "--forget", files["forget"]]
+    assert call(evaluate, *wanted) == 0
+    assert "train forget: the window of 3 layers is 9 positions" in capsys.readouterr().out
