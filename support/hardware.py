@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fast import FastLlama, unknown_fields
 from model import SHAPE, Config, Llama, read_weights, rope_kind
-from support.configs import check_config, end_ids
+from support.configs import as_list, check_config, end_ids
 from support.files import check_complete, weight_files
 from support.processes import any_process, ranks
+from support.templates import turn_end
 from support.tokenizer import Tokenizer
 
 BF16_MARGIN = 1.2  # so many times faster than float32 has bf16 to be, to be taken
@@ -98,7 +99,8 @@ def read_config(folder):
 def load_model(args, place=None):
     """The frozen model of --model and its tokenizer, on --device in --dtype.
 
-    Its config ends texts also where the folder's generation_config.json says so.
+    Its config ends texts also where the folder's generation_config.json says so, and where the
+    model's chat template ends a turn.
     """
     config = read_config(args.model)
     ends = end_ids(args.model, config)
@@ -114,7 +116,9 @@ def load_model(args, place=None):
     tokenizer = Tokenizer(args.model)
     tokenizer.table = config.vocab_size
     model = load_llama(args.model, dtype, device, args.plain, args.quantize, place)
-    model.config.eos_token_id = ends
+    known = as_list(ends)
+    new = [i for i in turn_end(args.model, tokenizer) if i not in known]
+    model.config.eos_token_id = known + new if new else ends
     if tokenizer.size > config.vocab_size:
         raise ValueError(
             f"{args.model}: a tokenizer of {tokenizer.size} ids and a model of {config.vocab_size} "

@@ -228,8 +228,6 @@ class Chat:
         messages = []
         for i, role in enumerate(roles):
             messages.append({"role": role, "content": mark.format(i)})
-        import jinja2
-
         try:
             return self._template.render(
                 messages=messages,
@@ -239,7 +237,7 @@ class Chat:
                 documents=None,
                 **self.tokens,
             )
-        except jinja2.TemplateError as e:
+        except Exception as e:  # the template's own code can raise anything
             turns = ", ".join(roles)
             raise ValueError(f"{self.folder}: its chat template refuses {turns}: {e}") from None
 
@@ -308,6 +306,15 @@ def has_chat_template(folder):
         return bool(read_source(Path(folder)))
     except (OSError, ValueError):
         return False
+
+
+def turn_end(folder, tokenizer):
+    """The id that ends a turn of the model's own chat, in a list; [] if it has no such form."""
+    try:
+        end = Chat(folder).template(tokenizer).end
+    except (OSError, ValueError):
+        return []
+    return tokenizer.encode_parts([(end, True)], inside=True)[-1:]
 
 
 def special_names(folder):

@@ -1,5 +1,6 @@
 """Chat templates: the same ids as transformers', and special tokens only where the template is."""
 
+import argparse
 import json
 import re
 
@@ -11,6 +12,7 @@ import eval as evaluate
 import train
 from data import Row, Template, answer_ids, make_example, prompt_ids, read_rows
 from spul import load_prompt
+from support.hardware import load_model
 from support.templates import Chat, read_template, template_from_json, template_to_json
 from support.tokenizer import Tokenizer
 from tests.helpers import call, save_weights, tiny, write_rows
@@ -245,6 +247,7 @@ def test_a_system_message_that_the_template_refuses_is_one_line(tmp_path, capsys
     [
         ("{% for m in messages %}", "its chat template is broken"),
         ("{{ raise_exception('no') }}", "its chat template refuses user: no"),
+        ("{{ messages[0].content }}{{ 1 + messages }}", "its chat template refuses user: unsup"),
         ("Hello", "does not show the text exactly once"),
         ("{{ messages[0].content }}{{ messages[0].content }}", "does not show the text exactly"),
         ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "chat template refuses user"),
@@ -256,6 +259,23 @@ def test_a_broken_chat_template_is_refused_in_one_line(source, words, tmp_path, 
     assert call(evaluate, "--model", folder, "--template", "chat", "--ask", "Who?") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
+
+
+def test_generation_ends_where_the_chat_template_ends_a_turn(tmp_path):
+    folder = make_folder(tmp_path / "l", "llama3")
+    args = argparse.Namespace(model=folder, device="cpu", dtype="fp32", plain=True, quantize=None)
+    llama, tokenizer = load_model(args)
+    assert llama.config.eos_token_id == [2, tokenizer.names["<|eot|>"]]
+    (folder / "chat_template.jinja").write_text("{% broken")
+    assert load_model(args)[0].config.eos_token_id == 2
+
+
+def test_a_template_file_may_have_a_byte_order_mark_and_a_last_line_end(folder, tmp_path):
+    (tmp_path / "t.txt").write_bytes("\ufeffReview: {text}\nVerdict:\n".encode())
+    assert read_template(str(tmp_path / "t.txt"), folder) == Template("Review: {text}\nVerdict:")
+    (tmp_path / "t.txt").write_text("Review: {text}\nVerdict:\n\n")
+    own_line = Template("Review: {text}\nVerdict:\n", space="")
+    assert read_template(str(tmp_path / "t.txt"), folder) == own_line
 
 
 def test_a_model_without_a_chat_template_says_so(folder, capsys):
