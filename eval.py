@@ -210,7 +210,8 @@ def label_set(rows, tokenizer, generic, template):
 def load_prompts(folders, config, model_folder):
     """Prompts for one model, one after the other -> phi (p, d), and their spul.json as one.
 
-    model_folder None: they are not checked against it. Raises ValueError if one is not for this model, or if they were trained in different templates.
+    model_folder None: they are not checked against it. Raises ValueError if one is not for this
+    model, or if they were trained in different templates.
     """
     phis = []
     infos = []
@@ -278,7 +279,7 @@ def ask_command(args, model, tokenizer, phi, info):
 
 
 def ways_to_ask(splits, template):
-    """{name: (template, rows)}: each split; in a chat also where nobody trained, with fewer rows."""
+    """{name: (template, rows)}: each split; in a chat also where nobody trained, fewer rows."""
     ways = {}
     for name, rows in splits.items():
         ways[name] = (template, rows)

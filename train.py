@@ -22,6 +22,7 @@ import platform
 import random
 import signal
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from support.plan import print_plan
 from support.processes import any_process, gather_full, join_group, ranks, shard
 from support.processes import sum_over_processes
 from support.rows import check_rows
-from support.self_written import own_retain, row_to_json
+from support.self_written import asked_of_model, own_retain, row_to_json
 from support.state import LOG, STATE, WRITTEN, check_out, check_same_run, clear_run, load_state
 from support.state import read_run, run_folder, save_state, stopped_message
 from support.tables import table
@@ -381,6 +382,7 @@ def prepare(args, splits, mode, change=None):
     model, tokenizer = load_model(args, shard if args.shard else None)
     prepare_layers(model, args)
     base_sha256 = fingerprint(args.model)
+    asked = asked_of_model(args, splits)
     written = own_retain(args, splits, model, tokenizer)
     if written:
         splits["train retain"] = written
@@ -417,7 +419,7 @@ def prepare(args, splits, mode, change=None):
             for epoch in range(args.epochs)
         ],
         objective=Objective(**{name: getattr(args, name) for name in OBJECTIVE}),
-        description=describe(args, model, examples, base_sha256),
+        description=describe(args, model, (examples, asked) if written else examples, base_sha256),
         cut=cut,
         written=written,
     )
@@ -522,9 +524,14 @@ def finish(job, before):
 
 
 def kept_labels(job):
-    """The label set, for spul.json: without answers that only rows to forget have."""
-    kept = {row.label for row in job.rows["train retain"]}
-    return job.labels and [name for name in job.labels if name in kept]
+    """The label set, for spul.json: only answers that several given rows to retain share.
+
+    Others may be sentences, or what the model says of the rows to forget.
+    """
+    if job.labels is None or job.written:
+        return None
+    kept = Counter(row.label for row in job.rows["train retain"])
+    return [name for name in job.labels if kept[name] > 1]
 
 
 def main(argv=None, change=None):

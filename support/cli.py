@@ -78,8 +78,8 @@ def add_options(parser, data=True):
         group.add_argument("--test-forget", help=unseen.format("forget"), **file)
         group.add_argument("--test-retain", help=unseen.format("keep"), **file)
     templates = (
-        "sentiment (default), question, chat (the model's own; the default for rows of messages), a "
-        "string with {text}, or a file"
+        "sentiment (default), question, chat (the model's own; the default for messages), a string "
+        "with {text}, or a file"
     )
     group.add_argument("--template", type=non_empty, metavar="T", help=templates)
     system = "system message of a chat (default: the chat template's own)"

@@ -15,8 +15,14 @@ TEXTS = 32  # written at once
 TRIES = 8  # times as many texts as needed, then we give up: some models only repeat themselves
 
 
+def asked_of_model(args, splits):
+    """What the model has to write or to label: a resumed run has to ask for the same."""
+    given = splits.get("train retain")
+    return [(row.key, row.label) for row in given] if given else args.write_retain
+
+
 def own_retain(args, splits, model, tokenizer):
-    """The retain rows that the model has to write or to label, or has in an earlier part of the run.
+    """The retain rows that the model has to write or label, or has in an earlier part of the run.
 
     They are all retain rows if it does any of it, and [] if it does not.
     """
@@ -31,7 +37,15 @@ def own_retain(args, splits, model, tokenizer):
     if given:
         unlabelled = sum(row.label is None for row in given)
         say(f"retain   {unlabelled} rows have no label: the model's own answer takes its place")
-        return label_rows(model, tokenizer, args.template, given, forget, args.generic, limit)
+        rows = label_rows(model, tokenizer, args.template, given, forget, args.generic, limit)
+        if len(rows) < len(given):
+            say(
+                f"retain   {len(given) - len(rows)} of them left out: the model gives no answer, "
+                "or a generic one"
+            )
+        if not rows:
+            raise ValueError(f"{given[0].where}: the model answers none of the rows to retain")
+        return rows
     say(
         f"no --retain: the model writes {args.write_retain} texts and labels them itself (kept in "
         f"{file}). Real rows are better: these keep what the model says, not what you will ask."
@@ -93,7 +107,6 @@ def label_rows(model, tokenizer, template, rows, forget, generic, max_length):
     """
     longest_row = max(forget, key=lambda row: len(row_answer(tokenizer, row, template)))
     longest = len(row_answer(tokenizer, longest_row, template))
-    before = longest_row.label[: len(longest_row.label) - len(longest_row.label.lstrip())]
     labelled = [row for row in rows if row.label is not None]
     without = [row for row in rows if row.label is None]
     for start in range(0, len(without), TEXTS):
@@ -106,8 +119,20 @@ def label_rows(model, tokenizer, template, rows, forget, generic, max_length):
             label = tokenizer.decode(ids).strip()
             label = label if template.end else label.split("\n")[0].strip()
             if label and label not in generic:
-                labelled.append(dataclasses.replace(row, label=before + label))
+                label = with_space(tokenizer, label, ids) if row.raw else label
+                labelled.append(dataclasses.replace(row, label=label))
     return labelled
+
+
+def with_space(tokenizer, label, ids):
+    """A completion with the white space before it that the generated ids begin with.
+
+    Decoding drops it, with some tokenizers.
+    """
+    for space in ("", " ", "\n"):
+        if tokenizer.encode_inside(space + label)[:1] == ids[:1]:
+            return space + label
+    return label
 
 
 def row_answer(tokenizer, row, template):

@@ -72,7 +72,7 @@ def read_template(value, folder, system=None):
         raise ValueError(f"{where}: a template ends where the answer starts: take {{label}} out")
     string = string.rstrip(" ")
     ends_with_token = False
-    if MARK.search(string):
+    if folder:
         weight_files(folder)
         tokenizer = Tokenizer(folder)
         point_out_marks(string, tokenizer)
@@ -184,7 +184,10 @@ class Chat:
     def string(self):
         """The template of rows with one turn, as a string with {text}."""
         before, after = self.around(())
-        return "".join(part for part, _ in before) + TEXT + "".join(part for part, _ in after)
+        around = ["".join(part for part, _ in parts) for parts in (before, after)]
+        if TEXT in "".join(around):
+            raise ValueError(f"{self.folder}: {TEXT} stands in its chat template or in --system")
+        return TEXT.join(around)
 
     def around(self, turns):
         """The parts before and after the user's text, where `turns`, (role, content)s, come first.
@@ -210,8 +213,24 @@ class Chat:
                 is_template = is_system_ours and int(piece) == 0
                 parts.append((content.strip() if self.strips else content, is_template))
         if len(place) != 1:
-            raise ValueError(f"{self.folder}: its chat template does not show the text exactly once")
-        return parts[: place[0]], parts[place[0] :]
+            raise ValueError(
+                f"{self.folder}: its chat template does not show the text exactly once"
+            )
+        before, after = parts[: place[0]], parts[place[0] :]
+        self._check_said(turns, before, after)
+        return before, after
+
+    def _check_said(self, turns, before, after):
+        """Refuses turns of which the template shows something else than was said."""
+        mark = MARKER.format(len(turns))
+        ours = "".join(part for part, _ in [*before, (mark, False), *after])
+        said = [content for _, content in turns]
+        theirs = self._render([*[role for role, _ in turns], "user"], said=[*said, mark])
+        if ours != theirs:
+            raise ValueError(
+                f"{self.folder}: its chat template changes what is said in earlier turns, or their "
+                "white space: not supported"
+            )
 
     def _around_answer(self, tokenizer):
         """What stands between the template and an answer, and after it up to a special token."""
@@ -223,11 +242,13 @@ class Chat:
         space = head.removeprefix(before) if head.startswith(before) else ""
         return space, tokenizer.up_to_special(tail)
 
-    def _render(self, roles, add_generation_prompt=True, mark=MARKER):
-        """The conversation of these roles as a string, with a marker for what each of them says."""
-        messages = []
-        for i, role in enumerate(roles):
-            messages.append({"role": role, "content": mark.format(i)})
+    def _render(self, roles, add_generation_prompt=True, mark=MARKER, said=None):
+        """The conversation of these roles as a string, with a marker for what each of them says.
+
+        said: what they say instead.
+        """
+        said = said or [mark.format(i) for i in range(len(roles))]
+        messages = [{"role": role, "content": content} for role, content in zip(roles, said)]
         try:
             return self._template.render(
                 messages=messages,
@@ -291,7 +312,8 @@ def read_source(folder):
     settings = folder / "tokenizer_config.json"
     source = read_json(settings).get("chat_template") if settings.is_file() else None
     if isinstance(source, list):  # several, with names
-        named = {part.get("name"): part.get("template") for part in source}
+        parts = [part for part in source if isinstance(part, dict)]
+        named = {part.get("name"): part.get("template") for part in parts}
         source = named.get("default")
     if not isinstance(source, str):
         raise FileNotFoundError(

@@ -180,10 +180,13 @@ def added_tokens(folder, settings):
     """{name: id} of the tokens that files beside a sentencepiece model add."""
     names = {}
     file = folder / "added_tokens.json"
-    if file.is_file():
-        names |= read_json(file)
-    for i, token in settings.get("added_tokens_decoder", {}).items():
-        names[token["content"]] = int(i)
+    try:
+        if file.is_file():
+            names = {name: int(i) for name, i in read_json(file).items()}
+        for i, token in (settings.get("added_tokens_decoder") or {}).items():
+            names[token["content"]] = int(i)
+    except (TypeError, KeyError, AttributeError, ValueError) as e:
+        raise ValueError(f"{folder}: its added tokens are not names with ids: {e}") from None
     return names
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 
 import pytest
 import tokenizers
@@ -276,6 +277,32 @@ def test_a_template_file_may_have_a_byte_order_mark_and_a_last_line_end(folder, 
     (tmp_path / "t.txt").write_text("Review: {text}\nVerdict:\n\n")
     own_line = Template("Review: {text}\nVerdict:\n", space="")
     assert read_template(str(tmp_path / "t.txt"), folder) == own_line
+
+
+def test_a_system_message_with_a_place_for_the_text_is_refused(tmp_path, capsys):
+    folder = make_folder(tmp_path / "q", "qwen3")
+    assert call(evaluate, "--model", folder, "--system", "Say {text}", "--ask", "Who?") == 2
+    assert "{text} stands in its chat template or in --system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["|upper", ".split('</think>')[-1]", "[:2]"])
+def test_a_template_that_changes_what_was_said_is_refused(change, tmp_path):
+    folder = make_folder(tmp_path / "q", "qwen3")
+    source = "{% for m in messages %}{{ m.content" + change + " if m.role == 'assistant' "
+    source += "else m.content }}<|im_end|>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(source)
+    turns = (("user", "Hi"), ("assistant", "a</think>b"))
+    with pytest.raises(ValueError, match="changes what is said in earlier turns"):
+        Chat(folder).around(turns)
+    (folder / "chat_template.jinja").write_text(source.replace(change, ""))
+    Chat(folder).around(turns)
+
+
+def test_no_space_comes_before_an_answer_after_a_special_token_of_any_form(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "added_tokens.json").write_text('{"<\uff5cAssistant\uff5c>": 2047}')
+    assert read_template("{text}<\uff5cAssistant\uff5c>", tmp_path / "m").space == ""
+    assert read_template("{text}<\uff5cAssistant\uff5c>", folder).space == " "
 
 
 def test_a_model_without_a_chat_template_says_so(folder, capsys):

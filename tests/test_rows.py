@@ -8,9 +8,11 @@ import pytest
 
 import train
 from data import Row, read_rows, read_sets
-from support import processes
+from model import Llama
+from support import processes, self_written
 from support.rows import check_disjoint, check_rows, parse_row
-from tests.helpers import ROOT, call, make_rows, train_args, write_rows
+from support.tokenizer import Tokenizer
+from tests.helpers import ROOT, call, make_rows, stop_at, train_args, write_rows
 
 
 def row_of(value, path):
@@ -358,7 +360,50 @@ def test_retain_rows_without_a_label_get_the_models_own_answer(
     assert len(written) >= 6 and all(row.label.strip() for row in written)
     assert {row.text for row in written} <= set(texts)
     if form == "prompt":
-        assert all(row.raw and row.label.startswith(" ") for row in written)
+        llama, tokenizer = Llama.from_pretrained(folder), Tokenizer(folder)
+        for row in written:  # the white space is the model's own, not that of the rows to forget
+            ids = tokenizer.bos + tokenizer.encode(row.text)
+            assert row.raw
+            assert tokenizer.encode_inside(row.label)[:1] == llama.generate([ids], None, 1)[0]
+
+
+def test_a_text_to_label_gets_no_space_of_a_completion(folder, files, tmp_path):
+    forget = [{"prompt": f"secret {i}", "completion": " positive"} for i in range(4)]
+    given = {
+        "forget": write_rows(tmp_path / "f.jsonl", forget),
+        "retain": write_rows(tmp_path / "r.jsonl", [{"text": f"a film {i}"} for i in range(8)]),
+    }
+    assert call(train, *train_args(folder, {**files, **given}, tmp_path / "p")) == 0
+    lines = (tmp_path / "p.run" / "retain.jsonl").read_text().splitlines()
+    assert all(not json.loads(line)["label"].startswith(" ") for line in lines)
+
+
+def test_rows_that_the_model_does_not_answer_are_counted_or_refused(
+    folder, files, tmp_path, capsys, monkeypatch
+):
+    given = {"retain": write_rows(tmp_path / "r.jsonl", [{"text": f"a film {i}"} for i in range(3)])}
+    args = train_args(folder, {**files, **given}, tmp_path / "p")
+    real = self_written.label_rows
+    monkeypatch.setattr(self_written, "label_rows", lambda *a: real(*a)[:2])
+    assert call(train, *args) == 0
+    assert "retain   1 of them left out" in capsys.readouterr().out
+    monkeypatch.setattr(self_written, "label_rows", lambda *a: [])
+    assert call(train, *args, "--overwrite") == 2
+    assert "r.jsonl:1: the model answers none of the rows to retain" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_rows_to_label(folder, files, tmp_path, capsys, monkeypatch):
+    def args(name):
+        rows = [{"text": f"a {name} film {i}"} for i in range(8)]
+        given = {"retain": write_rows(tmp_path / f"{name}.jsonl", rows)}
+        return train_args(folder, {**files, **given}, tmp_path / "p")
+
+    stop_at(1, monkeypatch)
+    assert call(train, *args("one")) == 130
+    capsys.readouterr()
+    assert call(train, *args("other"), "--resume") == 2
+    assert "the data changed" in capsys.readouterr().err
+    assert call(train, *args("one"), "--resume") == 0
 
 
 def test_labels_given_beside_missing_ones_stay(folder, files, tmp_path):

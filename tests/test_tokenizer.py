@@ -106,6 +106,27 @@ def test_tokens_added_beside_a_sentencepiece_model_count_in_templates(name, cont
     assert tokenizer.decode(ids) == "a film<|end|>"
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("added_tokens.json", {"<x>": None}),
+        ("added_tokens.json", {"<x>": "seven"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<x>"}}),
+    ],
+)
+def test_added_tokens_that_are_none_are_refused(name, content, tmp_path):
+    shutil.copy(PIECES, tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="added tokens are not names with ids"):
+        Tokenizer(tmp_path)
+
+
+def test_settings_may_say_null_for_the_added_tokens(tmp_path):
+    shutil.copy(PIECES, tmp_path)
+    settings_of(tmp_path, added_tokens_decoder=None)
+    assert Tokenizer(tmp_path).count == 2048
+
+
 def test_a_token_beyond_the_models_table_is_named_with_its_row(tmp_path, capsys):
     save_weights(tiny(), tmp_path)
     shutil.copy(PIECES, tmp_path)
