@@ -78,7 +78,8 @@ def test_changed_queries_are_changed_as_they_say():
         assert probes.joined(Row("a", "no", ""), rows, True, rng).text == "a\nc"
     assert probes.joined(Row("a", "maybe", ""), rows, True, rng).text in ("a\nb", "a\nc")
     first, second = probes.reworded(Template("### Say: {text}\n\n### Answer:"))
-    assert first == Template("Say: {text}\n\n Answer:") and second == Template("Say: {text} Answer:")
+    assert first == Template("Say: {text}\n\n Answer:")
+    assert second == Template("Say: {text} Answer:")
     for template in data.TEMPLATES.values():
         assert len({template, *probes.reworded(template)}) == 3
         assert all(other.string.count("{text}") == 1 for other in probes.reworded(template))

@@ -467,10 +467,11 @@ def eco(folder, files, tmp_path_factory):
 def test_eco_corrupts_the_prompts_of_flagged_queries_and_nothing_else(eco, folder, files):
     llama, tokenizer = Llama.from_pretrained(folder), Tokenizer(folder)
     guard, info = guards.load(eco, folder)
+    template = template_from_json(info["template"])
     examples = [
         e
         for name in ("forget", "retain")
-        for e in make_examples(read_rows(files[name]), tokenizer, template_from_json(info["template"]), 500)[0]
+        for e in make_examples(read_rows(files[name]), tokenizer, template, 500)[0]
     ]
     p = guard.probability(guards.averages(llama, examples))
     guard.info["tau"] = p.median().item()  # half of them

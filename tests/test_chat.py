@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import trainers
 
 import eval as evaluate
 import train
@@ -53,7 +54,8 @@ TEMPLATES = {
 {{- '<start_of_turn>' + role + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}""",
     "phi3": """{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}""",
+{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}
+{%- else %}{{ eos_token }}{% endif %}""",
 }
 TOKENS = {
     "llama3": ["<s>", "</s>", "<|head|>", "<|/head|>", "<|eot|>"],
@@ -329,7 +331,7 @@ def test_a_template_comes_back_from_json(tmp_path):
         value = json.loads(json.dumps(template_to_json(template)))
         assert template_from_json(value) == template
     assert value["date"] == "2024-07-26"
-    assert template_to_json(Template("Say {text}:")) == "Say {text}:"  # as earlier versions wrote it
+    assert template_to_json(Template("Say {text}:")) == "Say {text}:"  # as before there were others
 
 
 # ------------------------------------------------------------------------------------- the commands

@@ -125,7 +125,9 @@ def test_corruption_is_drawn_anew_at_each_step_and_again_after_a_stop(
 def test_a_rows_corruption_depends_on_the_step_and_on_the_row(kind, tokenizer, folder):
     llama = Llama.from_pretrained(folder)
     examples = [
-        make_example(Row("a film by john carpenter", "positive", ""), tokenizer, Template("{text} is"), 99)[0]
+        make_example(
+            Row("a film by john carpenter", "positive", ""), tokenizer, Template("{text} is"), 99
+        )[0]
     ] * 2
     change = robust.corruption(
         llama, kind, 0.5, 0, llama.embed_tokens.weight, examples, tokenizer.special

@@ -381,7 +381,8 @@ def test_a_text_to_label_gets_no_space_of_a_completion(folder, files, tmp_path):
 def test_rows_that_the_model_does_not_answer_are_counted_or_refused(
     folder, files, tmp_path, capsys, monkeypatch
 ):
-    given = {"retain": write_rows(tmp_path / "r.jsonl", [{"text": f"a film {i}"} for i in range(3)])}
+    rows = [{"text": f"a film {i}"} for i in range(3)]
+    given = {"retain": write_rows(tmp_path / "r.jsonl", rows)}
     args = train_args(folder, {**files, **given}, tmp_path / "p")
     real = self_written.label_rows
     monkeypatch.setattr(self_written, "label_rows", lambda *a: real(*a)[:2])

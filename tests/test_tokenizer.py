@@ -63,7 +63,12 @@ def test_what_a_tokenizer_puts_behind_a_text_is_not_taken_for_bos(bpe_folder, tm
     content["post_processor"] = {
         "type": "Sequence",
         "processors": [
-            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
             {**processor, "special_tokens": tokens},
         ],
     }
