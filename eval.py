@@ -23,14 +23,16 @@ from data import Row, answer_ids, generic_ids, make_examples, prompt_ids
 from spul import answer_hidden, load_prompt
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
+from support.elsewhere import elsewhere_table, forget_labels, measure_elsewhere, texts_elsewhere
+from support.elsewhere import verdicts, ways_to_ask
 from support.files import check_json_path
+from support.general import held_out_texts
 from support.hardware import load_model, read_config, row_limit, window_warning
 from support.rows import check_rows, check_text
 from support.tables import COSTS, costs, report
-from support.templates import choose_template, in_other_chats, template_from_json
+from support.templates import choose_template, template_from_json
 
 MAX_ANSWER = 256  # tokens of an answer in a chat
-OTHER_ROWS = 100  # of a split, measured under another system message and in a second turn
 MAX_LABELS = 50  # more different answers than this are not a label set
 
 
@@ -278,28 +280,16 @@ def ask_command(args, model, tokenizer, phi, info):
         print(f"with the prompt:    {ask(*common, generator(model, phi))}")
 
 
-def ways_to_ask(splits, template):
-    """{name: (template, rows)}: each split; in a chat also where nobody trained, fewer rows."""
-    ways = {}
-    for name, rows in splits.items():
-        ways[name] = (template, rows)
-        if template.chat:
-            part = [row for row in rows if not row.raw][:OTHER_ROWS]
-            for what, way in in_other_chats(template, part).items():
-                ways[f"{name}, {what}"] = way
-    return ways
-
-
 def table_command(args, model, tokenizer, phi, info, splits):
-    """Measure every split, print the table, and write it to --json."""
+    """Measure every split and elsewhere, print tables and verdict, and write them to --json."""
     generic = info.get("generic", [])
     limit = row_limit(args, 0 if phi is None else len(phi))
     all_rows = [row for rows in splits.values() for row in rows]
     template = template_of(args, info, all_rows)
-    labels = label_set(all_rows, tokenizer, generic, template)
     before = {}
     after = {}
     for name, (asked_in, rows) in ways_to_ask(splits, template).items():
+        labels = label_set(all_rows, tokenizer, generic, asked_in)
         examples, cut = make_examples(rows, tokenizer, asked_in, limit)
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
@@ -310,7 +300,13 @@ def table_command(args, model, tokenizer, phi, info, splits):
         before[name] = measure(*common, batch_size=args.batch_size)
         if phi is not None:
             after[name] = measure(*common, phi, batch_size=args.batch_size)
-    report(args, model, info, before, after)
+    texts = held_out_texts(args, tokenizer, args.prompt or [])
+    texts = texts_elsewhere(args.model, tokenizer, limit, texts)
+    elsewhere = measure_elsewhere(model, tokenizer, texts, phi, args.model, args.batch_size)
+    report(args, model, info, before, after, elsewhere=elsewhere)
+    print(elsewhere_table(elsewhere))
+    if phi is not None:
+        print("\n".join(verdicts(before, after, elsewhere, forget_labels(splits, labels))))
 
 
 def main(argv=None):
@@ -320,6 +316,8 @@ def main(argv=None):
     add("--prompt", type=non_empty, action="append", metavar="DIR",
         help="the folder that train.py wrote; several times for prompts one after the other")
     add("--ask", metavar="TEXT", help="show the answers to one text instead")
+    add("--general", type=non_empty, metavar="FILE",
+        help="general text to measure elsewhere (default: what the model wrote for the prompt)")
     add("--json", type=non_empty, metavar="FILE", help="also write the table to this file")
     args = parser.parse_args(argv)
     is_demo = use_demo(args)

@@ -128,37 +128,36 @@ class FastAttention(Attention):
         v = v.repeat_interleave(group, dim=1)  # (B, H, S, c)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
 
-    def joint(self, x, cos, sin, masks, sizes):
-        """x (n, d), the prompt once, then the rows of text -> (n, d).
+    def joint(self, x, cos, sin, masks, p, groups):
+        """x (n, d), the prompt once, then each group's rows of text -> (n, d).
 
-        masks: of the prompt (1, 1, p, p), and of the text (1, 1, T, p + T). sizes: p, B and T.
+        groups: of each (B, T, s), B rows of T tokens, which see the first s of the prompt's p
+        tokens. masks: of the prompt (1, 1, p, p), and of each group (1, 1, T, s + T).
         """
-        p, B, T = sizes
         c = self.head_dim
         q = self.q_proj(x).unflatten(-1, (-1, c))  # (n, H, c)
         k = self.k_proj(x).unflatten(-1, (-1, c))  # (n, G, c)
         v = self.v_proj(x).unflatten(-1, (-1, c))  # (n, G, c)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
-        prompt_q, text_q = self.parts(q, sizes)
-        prompt_k, text_k = self.parts(k, sizes)
-        prompt_v, text_v = self.parts(v, sizes)
-        text_k = torch.cat([prompt_k.expand(B, -1, -1, -1), text_k], dim=2)  # (B, G, p + T, c)
-        text_v = torch.cat([prompt_v.expand(B, -1, -1, -1), text_v], dim=2)  # (B, G, p + T, c)
-        prompt_y = self.attend(prompt_q, prompt_k, prompt_v, masks[0])  # (1, H, p, c)
-        text_y = self.attend(text_q, text_k, text_v, masks[1])  # (B, H, T, c)
-        prompt_y = prompt_y.transpose(1, 2).flatten(0, 1)  # (p, H, c)
-        text_y = text_y.transpose(1, 2).flatten(0, 1)  # (B T, H, c)
-        y = torch.cat([prompt_y, text_y])  # (n, H, c)
+        prompt_q, *text_q = self.parts(q, p, groups)
+        prompt_k, *text_k = self.parts(k, p, groups)
+        prompt_v, *text_v = self.parts(v, p, groups)
+        outputs = [self.attend(prompt_q, prompt_k, prompt_v, masks[0])]  # (1, H, p, c)
+        for i, (B, T, s) in enumerate(groups):
+            before_k = prompt_k[:, :, :s].expand(B, -1, -1, -1)  # (B, G, s, c)
+            before_v = prompt_v[:, :, :s].expand(B, -1, -1, -1)  # (B, G, s, c)
+            k = torch.cat([before_k, text_k[i]], dim=2)  # (B, G, s + T, c)
+            v = torch.cat([before_v, text_v[i]], dim=2)  # (B, G, s + T, c)
+            outputs.append(self.attend(text_q[i], k, v, masks[1 + i]))  # (B, H, T, c)
+        y = torch.cat([y.transpose(1, 2).flatten(0, 1) for y in outputs])  # (n, H, c)
         return self.o_proj(y.flatten(1))
 
-    def parts(self, t, sizes):
-        """t (n, heads, c) -> the prompt's (1, heads, p, c), and the text's (B, heads, T, c)."""
-        p, B, T = sizes
-        prompt, text = t.split([p, B * T])
-        prompt = prompt.transpose(0, 1)[None]
-        text = text.unflatten(0, (B, T)).transpose(1, 2)
-        return prompt, text
+    def parts(self, t, p, groups):
+        """t (n, heads, c) -> the prompt's (1, heads, p, c), and each group's (B, heads, T, c)."""
+        sizes = [(1, p), *((B, T) for B, T, _ in groups)]
+        parts = t.split([B * T for B, T in sizes])
+        return [part.unflatten(0, size).transpose(1, 2) for part, size in zip(parts, sizes)]
 
 
 class FastLayer(Layer):
@@ -170,11 +169,11 @@ class FastLayer(Layer):
         self.self_attn = FastAttention(config)
         self.mlp = FastMLP(config)
 
-    def forward(self, x, cos, sin, mask, past=None, sizes=None):
-        """As Layer; with sizes as FastAttention.joint, and only the output (n, d)."""
-        if sizes is None:
+    def forward(self, x, cos, sin, mask, past=None, p=0, groups=None):
+        """As Layer; with groups as FastAttention.joint, and only the output (n, d)."""
+        if groups is None:
             return super().forward(x, cos, sin, mask, past)
-        y = self.self_attn.joint(self.input_layernorm(x), cos, sin, mask, sizes)
+        y = self.self_attn.joint(self.input_layernorm(x), cos, sin, mask, p, groups)
         return self.add(x, y)
 
 
@@ -194,33 +193,41 @@ class FastLlama(Llama):
         zeros = torch.zeros(is_visible.shape, dtype=self.dtype, device=self.device)
         return zeros.masked_fill_(~is_visible, -math.inf)
 
-    def prompted(self, tokens, phi=None, shared_ids=()):
-        """As in Llama, with the prompt's tokens in the same matrix products as the text's."""
+    def prompted(self, tokens, phi=None, shared_ids=(), general=None):
+        """As in Llama, with the prompt's tokens in the same matrix products as all texts'."""
         prompt = self.prompt_embeddings(phi, shared_ids)  # (1 or B, p, d)
         p = prompt.shape[1]
         if len(prompt) > 1 or p == 0:
-            return super().prompted(tokens, phi, shared_ids)
+            return super().prompted(tokens, phi, shared_ids, general)
         text = tokens if tokens.is_floating_point() else self.embed(tokens)  # (B, T, d)
-        B, T, d = text.shape
-        x = torch.cat([prompt[0], text.flatten(0, 1)])  # (n, d)
+        texts = [text]
+        groups = [(*text.shape[:2], p)]
+        if general is not None:
+            texts.append(self.embed(general))  # (B', T', d)
+            groups.append((*general.shape, len(phi)))
+        x = torch.cat([prompt[0], *(text.flatten(0, 1) for text in texts)])  # (n, d)
         x = x * self.config.embedding_multiplier
-
-        positions = torch.arange(p + T, device=self.device)[None]  # (1, p + T)
-        of_prompt = positions[:, :p]
-        of_text = positions[:, p:]
-        of_all = torch.cat([of_prompt, of_text.repeat(1, B)], dim=1)  # (1, n)
-        cos, sin = self.rotary(of_all)  # (1, 1, n, r/2) each
-        cos = cos.view(len(x), 1, -1)  # (n, 1, r/2)
-        sin = sin.view(len(x), 1, -1)
+        of_prompt = torch.arange(p, device=self.device)[None]  # (1, p)
+        of_groups = [torch.arange(s, s + T, device=self.device)[None] for _, T, s in groups]
+        cos, sin = self.joint_rotary(of_prompt, of_groups, groups)
         angles = {True: (cos, sin), False: (None, None)}
         masks = {}
         for window in set(self.config.windows):
-            prompt_mask = self.mask(of_prompt, of_prompt, window)  # (1, 1, p, p)
-            text_mask = self.mask(of_text, positions, window)  # (1, 1, T, p + T)
-            masks[window] = (prompt_mask, text_mask)
-
+            masks[window] = [self.mask(of_prompt, of_prompt, window)]  # (1, 1, p, p)
+            for positions, (_, _, s) in zip(of_groups, groups):
+                keys = torch.cat([of_prompt[:, :s], positions], dim=1)  # (1, s + T)
+                masks[window].append(self.mask(positions, keys, window))  # (1, 1, T, s + T)
         for i, layer in enumerate(self.layers):
             cos, sin = angles[self.config.uses_rope[i]]
             mask = masks[self.config.windows[i]]
-            x = layer(x, cos, sin, mask, sizes=(p, B, T))  # (n, d)
-        return self.norm(x[p:]).view(B, T, d)
+            x = layer(x, cos, sin, mask, p=p, groups=groups)  # (n, d)
+        outputs = self.norm(x[p:]).split([B * T for B, T, _ in groups])
+        outputs = [h.view(B, T, -1) for h, (B, T, _) in zip(outputs, groups)]
+        return outputs[0] if general is None else tuple(outputs)
+
+    def joint_rotary(self, of_prompt, of_groups, groups):
+        """cos and sin of the prompt's and all groups' tokens one after the other, (n, 1, r/2)."""
+        positions = [of_prompt]
+        positions += [of_group.repeat(1, B) for of_group, (B, _, _) in zip(of_groups, groups)]
+        cos, sin = self.rotary(torch.cat(positions, dim=1))  # (1, 1, n, r/2) each
+        return cos[0].transpose(0, 1), sin[0].transpose(0, 1)

@@ -527,13 +527,21 @@ class Llama(nn.Module):
         """tokens (B, T) -> final-norm outputs (B, T, d), after the prompt if `prefix` is given."""
         return self.run(self.embed(tokens), prefix)[0]
 
-    def prompted(self, tokens, phi=None, shared_ids=()):
+    def prompted(self, tokens, phi=None, shared_ids=(), general=None):
         """tokens (B, T), or their embeddings (B, T, d) -> final-norm outputs (B, T, d), after phi.
 
-        For training, where phi is another at each step.
+        general: tokens (B', T') of other texts, which come after phi without shared_ids. If they
+        are given, their outputs (B', T', d) are returned, too. All rows share phi's keys and
+        values. For training, where phi is another at each step.
         """
         x = tokens if tokens.is_floating_point() else self.embed(tokens)  # (B, T, d)
-        return self.run(x, self.prefix(phi, shared_ids))[0]
+        past = self.prefix(phi, shared_ids)
+        h = self.run(x, past)[0]
+        if general is None:
+            return h
+        p = phi.shape[-2]
+        of_phi = [(k[:, :, :p], v[:, :, :p]) for k, v in past]
+        return h, self.run(self.embed(general), of_phi)[0]
 
     def head(self, h):
         """Final-norm outputs (..., d) -> logits (..., V), float32."""

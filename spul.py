@@ -3,13 +3,18 @@
 A frozen model h, and prompt vectors phi before every text x. On a forget row the answer becomes a
 generic one, on a retain row it stays as it was. Only phi learns:
 
-    L    = L_f + alpha L_r + beta L_kl
-    L_f  = mean over forget rows of  -log P(generic answer | phi, x)
-    L_r  = mean over retain rows of  -log P(true answer    | phi, x)
-    L_kl = mean over retain rows of  KL( h(. | x) || h(. | phi, x) )
+    L      = L_f + alpha L_r + beta L_kl + gamma L_keep
+    L_f    = mean over forget rows of  -log P(generic answer | phi, x)
+    L_r    = mean over retain rows of  -log P(true answer    | phi, x)
+    L_kl   = mean over retain rows of  KL( h(. | x) || h(. | phi, x) )
+    L_keep = mean over the tokens of general text x of  KL( h(. | x_<t) || h(. | phi, x_<t) )
 
-Log-probabilities and divergences are summed over a row's answer tokens. Each mean is over the rows
-of its own side in the batch, so a side without rows counts 0.
+Log-probabilities and divergences of a row are summed over its answer's tokens. Each mean is over
+the rows of its own side in the batch, so a side without rows counts 0.
+
+L_keep is our addition, gamma 0 is the paper: other terms only see queries like the retain rows, and
+this one holds for any text. It is the context distillation of Cartridges (Eyuboglu et al., arXiv
+2506.06266), with the model without a prompt as teacher.
 
 Letters: p prompt tokens, d width, V vocabulary, n answer tokens of a row, N of a batch, N_r of
 them in retain rows.
@@ -79,16 +84,16 @@ def answer_loss(logits, targets, rows):
     return F.cross_entropy(logits.float(), targets, reduction="sum") / max(rows, 1)
 
 
-def kl_loss(logits, teacher_logits, rows):
-    """L_kl = KL(teacher || prompted) on the answers of `rows` retain rows -> scalar.
+def kl_loss(logits, teacher_logits, count):
+    """The sum over tokens of KL(teacher || prompted), divided by count -> scalar.
 
-    logits (N_r, V) with the prompt, teacher_logits (N_r, V) without. Sum and mean as in
-    answer_loss.
+    L_kl on the answers of `count` retain rows, L_keep on general text of `count` tokens. logits
+    (N, V) with the prompt, teacher_logits (N, V) without.
     """
-    log_q = F.log_softmax(logits.float(), dim=-1)  # (N_r, V)
-    log_p = F.log_softmax(teacher_logits.float(), dim=-1)  # (N_r, V)
+    log_q = F.log_softmax(logits.float(), dim=-1)  # (N, V)
+    log_p = F.log_softmax(teacher_logits.float(), dim=-1)  # (N, V)
     total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)  # sum of p (log p - log q)
-    return total / max(rows, 1)
+    return total / max(count, 1)
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,11 @@ class Objective:
     alpha: float = 1.0  # paper
     beta: float = 0.5  # paper
     kl_position: str = "aligned"
+    gamma: float = 1.0
 
-    def total(self, loss_f, loss_r, loss_kl):
-        """L = L_f + alpha L_r + beta L_kl."""
-        return loss_f + self.alpha * loss_r + self.beta * loss_kl
+    def total(self, loss_f, loss_r, loss_kl, loss_keep=0.0):
+        """L = L_f + alpha L_r + beta L_kl + gamma L_keep."""
+        return loss_f + self.alpha * loss_r + self.beta * loss_kl + self.gamma * loss_keep
 
     @property
     def kl_shift(self):

@@ -35,16 +35,20 @@ from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, sav
 from support.checks import check_generic, read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
 from support.cli import number, read_splits, run, use_demo
+from support.elsewhere import elsewhere_table, forget_labels, measure_elsewhere, texts_elsewhere
+from support.elsewhere import verdicts, ways_to_ask
 from support.files import write_text
+from support.general import make_general
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint
-from support.plan import print_plan
-from support.processes import any_process, gather_full, join_group, ranks, shard
+from support.plan import DEMO_PLAN, print_plan
+from support.processes import any_process, gather_full, join_group, ranks, say, shard
 from support.processes import sum_over_processes
 from support.rows import check_rows
 from support.self_written import asked_of_model, own_retain, row_to_json
-from support.state import LOG, STATE, WRITTEN, check_out, check_same_run, clear_run, load_state
-from support.state import read_run, run_folder, save_state, stopped_message
+from support.state import LOG, STATE, WRITTEN, check_out, check_same_run, clear_run, cut_log
+from support.state import flat, likely_cause, load_state, read_run, run_folder, save_state
+from support.state import stopped_message
 from support.tables import table
 from support.templates import choose_template, template_to_json
 
@@ -68,6 +72,7 @@ PAPER = {
     "encoder_hidden": 128,  # released code
     "alpha": 1.0,
     "beta": 0.5,
+    "gamma": 0.0,
     "kl_position": "aligned",
     "generic": "neutral,unknown",
     "lr": 1e-4,
@@ -83,19 +88,24 @@ PAPER = {
 
 # To add a term: compute it in `losses`, and give its weight a field of Objective and an option of
 # the same name in make_parser. The log and --resume follow. A term is a sum over the batch's own
-# rows, divided by batch.n_f or batch.n_r.
+# rows, divided by batch.n_f or batch.n_r, which count those of all processes.
 
 
-def losses(model, prompt, batch, teacher, objective=Objective(), read=None):
-    """L and its terms for one batch: {"loss", "loss_f", "loss_r", "loss_kl"}, scalar tensors.
+def losses(model, prompt, batch, teacher, objective=Objective(), read=None, general=None):
+    """L and its terms for one batch: {"loss", "loss_f", ...}, scalar tensors.
 
     teacher (N_r, d): the model's final-norm outputs without the prompt, at the retain answers.
     read(batch, phi), if given: returns what the model reads in place of batch.tokens, ids (B, T)
     or embeddings (B, T, d).
+    general: a `support.general.Keep`, the texts of L_keep; without it there is no such term.
     """
     phi = prompt()  # (p, d)
     inputs = read(batch, phi.detach()) if read else batch.tokens  # (B, T), or (B, T, d)
-    h = model.prompted(inputs, phi, batch.shared_ids)  # (B, T, d)
+    if general:
+        texts = general.batch
+        h, h_texts = model.prompted(inputs, phi, batch.shared_ids, texts.tokens)  # (B, T, d) each
+    else:
+        h = model.prompted(inputs, phi, batch.shared_ids)  # (B, T, d)
     logits = model.head(h[batch.rows, batch.columns])  # (N, V), row i predicts batch.targets[i]
 
     retain = ~batch.forget  # (N,), True for the answer tokens of retain rows
@@ -106,21 +116,28 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None):
         student = model.head(h[batch.rows[retain], columns])  # (N_r, V)
     teacher_logits = model.head(teacher).detach()  # (N_r, V)
 
-    loss_f = answer_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f)
-    loss_r = answer_loss(logits[retain], batch.targets[retain], batch.n_r)
-    loss_kl = kl_loss(student, teacher_logits, batch.n_r)
-    loss = objective.total(loss_f, loss_r, loss_kl)
-    return {"loss": loss, "loss_f": loss_f, "loss_r": loss_r, "loss_kl": loss_kl}
+    terms = {
+        "loss_f": answer_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f),
+        "loss_r": answer_loss(logits[retain], batch.targets[retain], batch.n_r),
+        "loss_kl": kl_loss(student, teacher_logits, batch.n_r),
+    }
+    if general:
+        student = model.head(h_texts[texts.rows, texts.columns])  # (N, V), of the texts' tokens
+        teacher_logits = model.head(general.teacher).detach()  # (N, V)
+        terms["loss_keep"] = kl_loss(student, teacher_logits, general.tokens)
+    return {"loss": objective.total(**terms), **terms}
 
 
-def train_step(model, prompt, optimizer, batch, teacher, objective=Objective(), read=None):
+def train_step(
+    model, prompt, optimizer, batch, teacher, objective=Objective(), read=None, general=None
+):
     """One update of the prompt -> the losses and the gradient's norm, as floats.
 
     With several processes each holds some of the batch's rows, but batch.n_f and n_r count all of
     them, so the sum over the processes is the loss of the whole batch. Raises FloatingPointError,
     with the prompt unchanged, if a value is not finite.
     """
-    terms = losses(model, prompt, batch, teacher, objective, read)
+    terms = losses(model, prompt, batch, teacher, objective, read, general)
     optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     values = torch.stack([term.detach() for term in terms.values()])
@@ -168,13 +185,14 @@ def interrupt():
 
 
 def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
-        resume=False, read=None):
+        resume=False, read=None, general=None):
     """Train the prompt, with a log line for each step and a state every SAVE_EVERY steps in out.
 
     teacher: {index of a retain example: (n, d)}. plan: of each epoch, its batches of indices.
     description: what a resumed run has to agree with. read(batch, phi, step, rows): as in
-    `losses`, with the step and the indices of the batch's examples. Raises KeyboardInterrupt once
-    the state is saved, and FloatingPointError with the step and the likely cause.
+    `losses`, with the step and the indices of the batch's examples. general: a
+    `support.general.General`, for L_keep. Raises KeyboardInterrupt once the state is saved, and
+    FloatingPointError with the step and the likely cause.
     """
     steps = [(epoch, indices) for epoch, batches in enumerate(plan, 1) for indices in batches]
     optimizer = make_optimizer(prompt, lr)
@@ -204,11 +222,12 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
             batch = dataclasses.replace(batch, n_f=n_f, n_r=n_r)
             own_teacher = teacher_of(mine, examples, teacher, model)
             own_read = functools.partial(read, step=step, rows=mine) if read else None
+            own_general = general.draw(step, model.device) if general else None
             rate = learning_rate(step, len(steps), lr)
             optimizer.param_groups[0]["lr"] = rate
             try:
                 report = train_step(
-                    model, prompt, optimizer, batch, own_teacher, objective, own_read
+                    model, prompt, optimizer, batch, own_teacher, objective, own_read, own_general
                 )
             except FloatingPointError as e:
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):
@@ -227,20 +246,6 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
                 save(step + 1)
             if stop:
                 raise KeyboardInterrupt(stopped_message(step + 1, len(steps), out))
-
-
-def likely_cause(lr, out):
-    """What to say of a run that has diverged."""
-    return (
-        f"most likely --lr {lr:g} is too high, or the model's weights are broken. "
-        f"The last good state is kept in {out}"
-    )
-
-
-def cut_log(file, steps):
-    """Keep the lines of the first steps of a log: those that the state knows of."""
-    lines = file.read_text().splitlines(keepends=True) if steps else []
-    write_text(file, "".join(lines[:steps]))
 
 
 def own_share(examples, indices):
@@ -278,6 +283,10 @@ def make_parser():
         help="weight of L_r (default 1, paper)")
     add("--beta", type=number(float, 0), default=Objective.beta,
         help="weight of L_kl (default 0.5, paper)")
+    add("--gamma", type=number(float, 0), default=Objective.gamma,
+        help="weight of L_keep (default 1); 0, paper: no such term, and other text changes")
+    add("--general", type=non_empty, metavar="FILE",
+        help="general text for L_keep, rows of any kind (default: the model writes it itself)")
     add("--kl-position", choices=["aligned", "after-label"], default="aligned",
         help="where L_kl compares: at the position that predicts an answer token (aligned), or one "
         "later, as the released code does (after-label)")
@@ -353,6 +362,7 @@ class Job:
     description: dict
     cut: int  # texts that were cut
     written: list  # retain rows that the model wrote or labelled itself, kept beside the prompt
+    general: object = None  # a support.general.General, unless gamma is 0
     read: object = None  # see `fit`
 
 
@@ -386,19 +396,26 @@ def prepare(args, splits, mode, change=None):
     written = own_retain(args, splits, model, tokenizer)
     if written:
         splits["train retain"] = written
+    general = None
+    if args.gamma:
+        general = make_general(args, model, tokenizer, splits, base_sha256)
 
     limit = row_limit(args, args.num_tokens)
     measured = {}
     cut = 0
-    for name, rows in splits.items():
-        measured[name], n = make_examples(rows, tokenizer, args.template, limit)
-        cut += n if name.startswith("train") else 0
+    for name, (asked_in, rows) in ways_to_ask(splits, args.template).items():
+        measured[name], n = make_examples(rows, tokenizer, asked_in, limit)
+        cut += n if name in ("train forget", "train retain") else 0
     rng = random.Random(f"generic {args.seed}")
     forget_rows = splits["train forget"]
     forget, _ = make_examples(
         forget_rows, tokenizer, args.template, limit, True, args.generic, rng
     )
     examples = forget + measured["train retain"]
+
+    data = [examples, asked if written else None]
+    if general:
+        data += [general.own, general.plain]
 
     all_rows = [row for rows in splits.values() for row in rows]
     torch.manual_seed(args.seed)
@@ -419,9 +436,10 @@ def prepare(args, splits, mode, change=None):
             for epoch in range(args.epochs)
         ],
         objective=Objective(**{name: getattr(args, name) for name in OBJECTIVE}),
-        description=describe(args, model, (examples, asked) if written else examples, base_sha256),
+        description=describe(args, model, data, base_sha256),
         cut=cut,
         written=written,
+        general=general,
     )
     if change:
         job.description["options"] |= change.options
@@ -432,22 +450,16 @@ def prepare(args, splits, mode, change=None):
     return job
 
 
-def describe(args, model, examples, base_sha256):
-    """What makes a run the same run, and so what a resumed one has to agree with."""
+def describe(args, model, data, base_sha256):
+    """What makes a run the same run, and so what a resumed one has to agree with.
+
+    data: all that it learns from.
+    """
     options = {name: getattr(args, name) for name in (*OBJECTIVE, *RUN_OPTIONS)}
     options["dtype"] = str(model.dtype)
     options["template"] = template_to_json(args.template)
-    data_sha256 = hashlib.sha256(repr(examples).encode()).hexdigest()
+    data_sha256 = hashlib.sha256(repr(data).encode()).hexdigest()
     return {"base_sha256": base_sha256, "options": options, "data_sha256": data_sha256}
-
-
-def flat(description):
-    """A description as {name: value}, with names for a message."""
-    return {
-        "the model": description["base_sha256"],
-        "the data": description["data_sha256"],
-        **description["options"],
-    }
 
 
 def measure_splits(job, phi=None, known=None):
@@ -477,6 +489,8 @@ def measure_before(job):
             job.model, retain, shift=job.objective.kl_shift, batch_size=job.args.batch_size
         )
     first = len(job.examples) - len(retain)
+    if job.general:
+        job.general.compute_teacher(job.model, job.args.batch_size)
     return before, dict(enumerate(hidden, start=first))
 
 
@@ -495,9 +509,16 @@ def finish(job, before):
     out = Path(args.out)
     phi = job.prompt().detach()
     after = measure_splits(job, phi)
+    limit = row_limit(args, args.num_tokens)
+    held_out = job.general.held_out if job.general else None
+    texts = texts_elsewhere(args.model, job.tokenizer, limit, held_out)
+    elsewhere = measure_elsewhere(
+        job.model, job.tokenizer, texts, phi, args.model, args.batch_size
+    )
     if ranks()[0] > 0:
         return
     print(table(before, after))
+    print(elsewhere_table(elsewhere))
     all_rows = [row for rows in job.rows.values() for row in rows]
     run = run_folder(out)
     log = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
@@ -514,10 +535,11 @@ def finish(job, before):
         "peak_bytes": peak_memory(job.model.device),
         "steps": len(log),
         "seconds": sum(line["seconds"] for line in log),
-        "results": {"without": before, "with": after},
+        "results": {"without": before, "with": after, "elsewhere": elsewhere},
     }
     save_prompt(out, phi, job.model.config, info)
     (run / STATE).unlink(missing_ok=True)
+    print("\n".join(verdicts(before, after, elsewhere, forget_labels(job.rows, job.labels))))
     print(
         f"prompt in {out}. The weights have not changed: without the prompt all of it is back."
     )
@@ -542,6 +564,8 @@ def main(argv=None, change=None):
     """
     args, is_demo = parse(argv)
     args.device = join_group(choose_device(args))
+    if is_demo:
+        say(DEMO_PLAN)
     if args.shard and ranks()[1] == 1:
         raise ValueError("--shard needs several processes (torchrun)")
     is_first = ranks()[0] == 0
@@ -552,7 +576,7 @@ def main(argv=None, change=None):
             print(f"{args.out} is finished already; nothing to do")
         return
     job = prepare(args, splits, mode, change)
-    print_plan(job, is_demo)
+    print_plan(job)
     before, teacher = measure_before(job)
     if is_first and mode == "new":
         make_room(job)
@@ -568,6 +592,7 @@ def main(argv=None, change=None):
         job.description,
         resume=mode == "resume",
         read=job.read,
+        general=job.general,
     )
     finish(job, before)
 

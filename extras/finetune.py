@@ -1,6 +1,6 @@
 """Make a model memorise rows, so that there is something to unlearn. Or merge an adapter of peft.
 
-    python -m extras.finetune --model BASE --data FILE [FILE ...] --out DIR [--full] [--resume]
+    python -m extras.finetune --model BASE --data FILE [FILE ...] --out DIR [--rehearse] [--full]
     python -m extras.finetune --model BASE --adapter DIR --out DIR
 
 It trains a LoRA (Hu et al., arXiv 2106.09685) on the layers' linear maps, with the cross-entropy of
@@ -8,6 +8,9 @@ the answers as loss. --out is a plain model folder with the LoRA merged into its
 itself is in the folder `adapter` inside, as the package peft saves it. The merge gives the same
 bits on every machine, so the base and an adapter of a few megabytes are enough to have the model
 again.
+
+A model that learns rows by heart forgets how to talk: with --rehearse it also learns general text,
+so that it stays a language model. What it still says of other text, beside its base, is measured.
 
 `fit` is the training loop for everything that changes weights: baselines.py unlearns with it,
 probes.py attacks with it, and demo/make.py trains the demo's model from nothing.
@@ -20,6 +23,7 @@ import argparse
 import hashlib
 import math
 import platform
+import random
 import re
 import shutil
 import time
@@ -37,20 +41,24 @@ from eval import score
 from model import FUSED
 from spul import answer_hidden
 from support.cli import Parser, add_options, check_required, non_empty, number, run
+from support.elsewhere import compare_models, elsewhere_table, texts_elsewhere
 from support.files import check_not_inside_file, read_json, write_json, write_tensors
+from support.general import HELD_OUT_NAME, general_rows, own_form, text_examples
 from support.hardware import DTYPES, choose_device, choose_dtype, load_llama, load_model
 from support.hardware import peak_memory, row_limit
 from support.identity import fingerprint
 from support.state import STATE, check_same_run, load_state, read_run, save_state
 from support.state import stopped_message
+from support.tables import run_info
 from support.templates import choose_template, template_to_json
 from train import WEIGHT_DECAY, interrupt, learning_rate
 
 ADAPTER = "adapter"  # the LoRA's folder inside that of the model
 RUN_OPTIONS = [
     *("model", "data", "full", "rank", "lora_alpha", "dropout", "targets", "lr", "epochs"),
-    *("batch_size", "seed", "max_length", "template", "plain"),
+    *("batch_size", "seed", "max_length", "template", "plain", "rehearse"),
 ]
+REHEARSED = 4  # general texts of a step
 
 # --------------------------------------------------------------------------------- what is trained
 
@@ -496,12 +504,18 @@ def memorise(args, rows, is_resumed):
     args.lr = args.lr or (2e-5 if args.full else 1e-3)
     model, tokenizer = load_model(args)
     examples, cut = make_examples(rows, tokenizer, args.template, row_limit(args, 0))
+    base_sha256 = fingerprint(args.model)
+    texts, held_out = rehearsed(args, model, tokenizer, base_sha256)
     trainable = sum(p.numel() for p in make_trainable(model, args))
-    print(f"{len(examples)} rows, {cut} texts cut; {trainable:,} parameters trained", flush=True)
+    print(
+        f"{len(examples)} rows, {cut} texts cut; {len(texts)} general texts; {trainable:,} "
+        "parameters trained",
+        flush=True,
+    )
     options = {name: getattr(args, name) for name in RUN_OPTIONS}
     options |= {"dtype": str(dtype), "template": template_to_json(args.template)}
-    description = describe(options, args.model, examples)
-    steps, seconds = memorise_rows(model, examples, args, dtype, description, is_resumed)
+    description = describe(options, args.model, examples + texts)
+    steps, seconds = memorise_rows(model, examples, texts, args, dtype, description, is_resumed)
     report = {
         "method": "finetune",
         "options": options,
@@ -519,10 +533,25 @@ def memorise(args, rows, is_resumed):
     model, _ = load_model(argparse.Namespace(**{**vars(args), "model": args.out}))
     share = accuracy(model, examples, batch_size=args.batch_size)
     print(f"{args.out}: accuracy {100 * share:.1f} %")
+    base, _ = load_model(args)
+    texts = texts_elsewhere(args.model, tokenizer, row_limit(args, 0), held_out)
+    elsewhere = compare_models(base, model, texts, args.batch_size)
+    print(elsewhere_table(elsewhere))
+    write_json(Path(args.out) / "run.json", {**run_info(args.out), "elsewhere": elsewhere})
 
 
-def memorise_rows(model, examples, args, dtype, description, is_resumed):
-    """Train on examples, and print the accuracy of each epoch -> as `fit`."""
+def rehearsed(args, model, tokenizer, base_sha256):
+    """The general text to learn, and what is held out of it, Examples; none without --rehearse."""
+    if not args.rehearse:
+        return [], {}
+    rows, held_out = general_rows(args, model, tokenizer, [], base_sha256)
+    form = own_form(args.model)
+    held_out = {HELD_OUT_NAME: text_examples(held_out, tokenizer, form)}
+    return text_examples(rows, tokenizer, form), held_out
+
+
+def memorise_rows(model, examples, texts, args, dtype, description, is_resumed):
+    """Train on examples and general texts, and print the accuracy of each epoch -> as `fit`."""
     shared_ids = common_prefix(examples)
     began = time.perf_counter()
     is_right = []  # of each row of the epoch
@@ -534,6 +563,15 @@ def memorise_rows(model, examples, args, dtype, description, is_resumed):
         is_wrong = logits.argmax(dim=-1) != batch.targets  # (N,)
         wrong_rows = set(batch.rows[is_wrong].tolist())
         is_right.extend(row not in wrong_rows for row in range(len(indices)))
+        return F.cross_entropy(logits, batch.targets) + text_loss(step)
+
+    def text_loss(step):
+        if not texts:
+            return 0.0
+        rng = random.Random(f"rehearse {args.seed} {step}")
+        batch = collate(rng.sample(texts, min(REHEARSED, len(texts))), model.device)
+        h = model.hidden(batch.tokens)  # (B, T, d)
+        logits = model.head(h[batch.rows, batch.columns])  # (N, V)
         return F.cross_entropy(logits, batch.targets)
 
     def report(epoch):
@@ -571,6 +609,9 @@ def make_parser():
     add("--lr", type=number(float, 0, above=True),
         help="highest learning rate (default 1e-3 for a LoRA, 2e-5 with --full)")
     add("--epochs", type=number(int, 1), default=5, help="passes (default 5)")
+    add("--rehearse", action="store_true",
+        help="also learn general text, by default what the model writes itself")
+    add("--general", type=non_empty, metavar="FILE", help="general text to rehearse")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (default 0)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--adapter", type=non_empty, metavar="DIR",
@@ -585,6 +626,7 @@ def main(argv=None):
         raise ValueError("give either --data FILE ... to train, or --adapter DIR to merge")
     if args.quantize:
         raise ValueError("--quantize: memorising needs weights of 16 or 32 bits")
+    args.rehearse = args.rehearse or bool(args.general)
     is_resumed = check_model_out(args)
     if args.adapter:
         report = {"method": "adapter", "model": args.model, "adapter": args.adapter}

@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import TEMPLATES, Template, by_length, collate, common_prefix, epoch_batches
+from data import by_length, collate, common_prefix, epoch_batches
 from data import make_examples
 from eval import score
 from extras.finetune import Lora, accuracy, fit, swap
@@ -41,7 +41,7 @@ from extras.robust import neighbours, non_text_ids, semantic, text_ids
 from spul import SoftPrompt, answer_hidden
 from support.files import weight_files
 from support.tables import COSTS, costs
-from support.templates import in_other_chats
+from support.templates import in_other_chats, reworded
 from train import make_optimizer, train_step
 
 SAMPLES = 8
@@ -52,17 +52,6 @@ ATTACK = {"q": 8, "steps": 100, "batch_size": 16, "lr": 3e-3}  # q: vectors that
 BITS = (8, 4)
 NEIGHBOUR_SHARE = 0.2  # of the tokens, replaced by a neighbour
 
-# Other templates for a template. For one that is not here: the same without "#", and on one line.
-REWORDED = {
-    TEMPLATES["sentiment"].string: (
-        "Review: {text}\n\nIs this review positive or negative? It is",
-        "{text}\nThe sentiment of the text above is",
-    ),
-    TEMPLATES["question"].string: (
-        "Question: {text}\nThe right answer is",
-        "Please answer this.\n{text}\nAnswer:",
-    ),
-}
 
 
 @dataclass
@@ -306,13 +295,6 @@ CHANGES = {
 }
 OTHER_TEMPLATES = ("another template", "a third template")
 OTHER_SIDE = ("a row of the other side in front", "a row of the other side behind")
-
-
-def reworded(template):
-    """Other templates than this one: two, or fewer where REWORDED does not have it."""
-    plain = template.string.replace("#", "").strip()
-    others = REWORDED.get(template.string, (plain, " ".join(plain.split())))
-    return [Template(other) for other in dict.fromkeys(others) if other != template.string]
 
 
 def joined(row, others, is_after, rng):

@@ -3,22 +3,21 @@
 import math
 
 from data import common_prefix
+from support.general import LONGEST
 from support.hardware import step_memory, window_warning
-from support.processes import gather_full, ranks
+from support.processes import gather_full, ranks, say
 
 
-def print_plan(job, is_demo):
+DEMO_PLAN = (
+    "No --model: this is the bundled demo, a tiny model that knows film reviews, science and some "
+    "made-up authors.\nIt is asked to forget the authors."
+)
+
+
+def print_plan(job):
     """Say what is going to be done. job: a train.Job. Every process has to call it."""
-    lines = list(plan_lines(job))  # weights in shards are gathered for it
-    if ranks()[0] > 0:
-        return
-    if is_demo:
-        print(
-            "No --model: this is the bundled demo, a tiny model that knows film reviews, science "
-            "and some made-up authors.\nIt is asked to forget the authors."
-        )
-    for name, what in lines:
-        print(f"{name:8} {what}", flush=True)
+    for name, what in list(plan_lines(job)):  # weights in shards are gathered for it
+        say(f"{name:8} {what}")
 
 
 def plan_lines(job):
@@ -44,6 +43,14 @@ def plan_lines(job):
         f"{forget} to forget, {len(lengths) - forget} to keep; {sum(lengths):,} tokens an epoch, "
         f"longest {max(lengths)}, {job.cut} texts cut"
     )
+
+    if job.general:
+        general = job.general
+        source = args.general or "written by the model"
+        yield "general", (
+            f"{len(general.own)} texts, {source}, and {len(general.plain)} of the rows' and "
+            f"others' words alone; {general.per_batch} a step"
+        )
 
     if warning := window_warning(model.config, phi.shape[0], max(lengths)):
         yield "window", warning
@@ -82,4 +89,9 @@ def longest_step_memory(job):
     longest = max(len(e.ids) for e in job.examples) - shared
     p = job.args.num_tokens + shared
     scored = rows * max(e.n for e in job.examples)
+    if job.general:  # its rows are as long as these in the estimate, or longer
+        texts = math.ceil(job.general.per_batch / ranks()[1])
+        rows += texts
+        longest = max(longest, LONGEST)
+        scored += 2 * texts * LONGEST  # with the teacher's
     return step_memory(job.model, rows, longest, p, scored, job.args.recompute)

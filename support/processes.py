@@ -52,6 +52,12 @@ def sum_over_processes(tensors):
         t.copy_(part.view_as(t))
 
 
+def wait_for_all():
+    """Wait until every process has come here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
 def any_process(flag, device):
     """Whether the flag is set in any process."""
     if ranks()[1] == 1:

@@ -18,9 +18,10 @@ from support.files import check_not_inside_file, write_tensors, write_text
 STATE = "state.safetensors"
 LOG = "log.jsonl"
 WRITTEN = "retain.jsonl"  # the retain rows that the model wrote itself
-RUN_FILES = (STATE, LOG, WRITTEN)
+GENERAL = "general.jsonl"  # general text that it wrote; a new run with the same model takes it, too
+RUN_FILES = (STATE, LOG, WRITTEN, GENERAL)
 PROMPT_FILES = ("spul.json", "adapter_model.safetensors", "adapter_config.json")  # 1st: it is whole
-FORMAT = 3  # of the description of a run
+FORMAT = 4  # of the description of a run
 
 
 def run_folder(out):
@@ -89,7 +90,8 @@ def clear_run(out):
     for folder, names in ((out, (*PROMPT_FILES, *RUN_FILES)), (run, RUN_FILES)):
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            (folder / name).unlink(missing_ok=True)
+            if name != GENERAL:
+                (folder / name).unlink(missing_ok=True)
     write_text(run / LOG, "")
 
 
@@ -127,6 +129,15 @@ def read_run(folder):
     return step, run
 
 
+def flat(description):
+    """A description as {name: value}, with names for a message."""
+    return {
+        "the model": description["base_sha256"],
+        "the data": description["data_sha256"],
+        **description["options"],
+    }
+
+
 def check_same_run(folder, earlier, now):
     """Raises ValueError, with what changed, if a resumed run is not the one that was started."""
     names = {**earlier, **now}  # an option that only one of them has counts, too
@@ -145,6 +156,20 @@ def stopped_message(step, steps, out):
         f"stopped after step {step} of {steps}, saved in {out}: the same command with --resume "
         "goes on"
     )
+
+
+def likely_cause(lr, out):
+    """What to say of a run that has diverged."""
+    return (
+        f"most likely --lr {lr:g} is too high, or the model's weights are broken. "
+        f"The last good state is kept in {out}"
+    )
+
+
+def cut_log(file, steps):
+    """Keep the lines of the first steps of a log: those that the state knows of."""
+    lines = file.read_text().splitlines(keepends=True) if steps else []
+    write_text(file, "".join(lines[:steps]))
 
 
 def load_state(folder, module, optimizer):

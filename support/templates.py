@@ -126,6 +126,28 @@ def with_chat(template, folder):
     return dataclasses.replace(template, chat=chat) if is_same else template
 
 
+# ------------------------------------------------------------------------- other ways to ask
+
+# Other templates for a template. For one that is not here: the same without "#", and on one line.
+REWORDED = {
+    TEMPLATES["sentiment"].string: (
+        "Review: {text}\n\nIs this review positive or negative? It is",
+        "{text}\nThe sentiment of the text above is",
+    ),
+    TEMPLATES["question"].string: (
+        "Question: {text}\nThe right answer is",
+        "Please answer this.\n{text}\nAnswer:",
+    ),
+}
+
+
+def reworded(template):
+    """Other templates than this one: two, or fewer where REWORDED does not have it."""
+    plain = template.string.replace("#", "").strip()
+    others = REWORDED.get(template.string, (plain, " ".join(plain.split())))
+    return [Template(other) for other in dict.fromkeys(others) if other != template.string]
+
+
 def in_other_chats(template, rows):
     """{name: (template, rows)}: the rows under another system message, and in a second turn.
 

@@ -1,0 +1,241 @@
+"""What a prompt does to text that nobody trained on, and what to say of it.
+
+Letters: p prompt tokens, d width, V vocabulary, N scored tokens of a batch.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import TEXT, Template, read_rows
+from spul import answer_hidden
+from support.general import LONGEST, own_form, text_examples
+from support.processes import gather_full
+from support.templates import in_other_chats, reworded
+
+BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
+SENTENCE = (
+    "Read the following text carefully and answer as you always would, with what you know about "
+    "it, in your own words. Here it comes now:"
+)
+OTHER_ROWS = 100  # of a split, asked otherwise than in training
+CLEARLY = 1.5  # so many times a harmless sentence's change is clearly more
+FORGOTTEN = 0.5  # of the true answers may still come
+KEPT = 0.8  # of the rows right without the prompt have to be right in another template
+BETTER = 0.1  # than the commonest answer has a model to be that knows the rows
+REMEDY = (
+    "What helps: real rows to keep (--retain), text like your users' (--general FILE), "
+    "a larger --gamma"
+)
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def ways_to_ask(splits, template):
+    """{name: (template, rows)}: each split, and where nobody trained: some rows asked otherwise.
+
+    These are train rows, if there are any: in another template, or in other chats.
+    """
+    ways = {}
+    for name, rows in splits.items():
+        ways[name] = (template, rows)
+        is_asked_otherwise = name.startswith("train") or not any("train" in s for s in splits)
+        part = [row for row in rows if not row.raw][:OTHER_ROWS]
+        if not part or not is_asked_otherwise:
+            continue
+        if template.chat:
+            for what, way in in_other_chats(template, part).items():
+                ways[f"{name}, {what}"] = way
+        elif others := reworded(template):
+            ways[f"{name}, another template"] = (others[0], part)
+    return ways
+
+
+def texts_elsewhere(folder, tokenizer, limit, held_out=None):
+    """{what: Examples}: held_out, the same kind of text as L_keep's, and texts by people.
+
+    These are in the model's own form, and alone where that is a chat's. limit: the most tokens.
+    """
+    form = own_form(folder)
+    rows = read_rows(BY_PEOPLE)
+    longest = min(LONGEST, limit)
+    texts = dict(held_out or {})
+    texts["text by people"] = text_examples(rows, tokenizer, form, longest)
+    if not form.add_bos:
+        texts["the same, no chat"] = text_examples(rows, tokenizer, Template(TEXT), longest)
+    return texts
+
+
+@torch.no_grad()
+def measure_elsewhere(model, tokenizer, texts, phi, folder, batch_size=32):
+    """{what: a dict} for texts, {what: Examples}, with the prompt phi (p, d), or None without one.
+
+    tokens: that were scored. perplexity, perplexity_with: without and with the prompt. kl: nats a
+    token from the model without the prompt. same: share of tokens where the likeliest is the same.
+    sentence_kl, sentence_same: these for the vectors of a harmless sentence in the prompt's place.
+    """
+    results = {}
+    for what, examples in texts.items():
+        outputs = []
+        for prompt in (None, phi, sentence_vectors(model, tokenizer, folder)):
+            if outputs and phi is None:
+                break
+            outputs.append(answer_hidden(model, examples, prompt, batch_size=batch_size))
+        before, *after = outputs
+        result = {"perplexity": perplexity(compare(examples, model, before)["nll"])}
+        for name, hidden in zip(("", "sentence_"), after):
+            change = compare(examples, model, before, model, hidden)
+            result |= {f"{name}{key}": change[key] for key in ("kl", "same")}
+            if not name:
+                result["perplexity_with"] = perplexity(change["nll_with"])
+        results[what] = {"tokens": sum(e.n for e in examples), **result}
+    return results
+
+
+@torch.no_grad()
+def compare_models(base, model, texts, batch_size=32):
+    """As `measure_elsewhere`, for a model in place of a prompt: what it has become of its base."""
+    results = {}
+    for what, examples in texts.items():
+        before = answer_hidden(base, examples, batch_size=batch_size)
+        after = answer_hidden(model, examples, batch_size=batch_size)
+        change = compare(examples, base, before, model, after)
+        results[what] = {
+            "tokens": sum(e.n for e in examples),
+            "perplexity": perplexity(change["nll"]),
+            "perplexity_with": perplexity(change["nll_with"]),
+            "kl": change["kl"],
+            "same": change["same"],
+        }
+    return results
+
+
+def sentence_vectors(model, tokenizer, folder):
+    """The embeddings of a harmless sentence, behind what the model always sees first, (p, d)."""
+    form = own_form(folder)
+    first = tokenizer.bos
+    if not form.add_bos:
+        first = tokenizer.encode_parts([(form.string.split(TEXT)[0], True)])[:1]
+    ids = first + tokenizer.encode_inside(SENTENCE)
+    return gather_full(model.embed_tokens.weight)[ids].float()
+
+
+def compare(examples, base, before, model=None, after=None):
+    """Means over the examples' tokens: {"nll", "nll_with", "kl", "same"}.
+
+    before: of each example the outputs (n, d) of `base`; after: those of `model`, or None.
+    """
+    sums = dict.fromkeys(("nll", "nll_with", "kl", "same"), 0.0)
+    for i, e in enumerate(examples):
+        targets = torch.tensor(e.answer, device=before[i].device)[:, None]  # (n, 1)
+        log_p = F.log_softmax(base.head(before[i]), dim=-1)  # (n, V)
+        sums["nll"] -= log_p.gather(1, targets).sum().item()
+        if after:
+            log_q = F.log_softmax(model.head(after[i]), dim=-1)  # (n, V)
+            sums["nll_with"] -= log_q.gather(1, targets).sum().item()
+            sums["kl"] += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+            sums["same"] += (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum().item()
+    tokens = sum(e.n for e in examples)
+    return {name: value / tokens for name, value in sums.items()}
+
+
+def perplexity(nll):
+    return math.exp(min(nll, 700))
+
+
+# ------------------------------------------------------------------------------------ on the screen
+
+
+def elsewhere_table(results):
+    """The results of `measure_elsewhere` as text; in brackets those of a harmless sentence."""
+    longest = max(12, *map(len, results)) + 1
+    is_compared = any("kl" in result for result in results.values())
+    beside = any("sentence_kl" in result for result in results.values())
+    head = f"{'elsewhere':{longest}}{'tokens':>7}{'perplexity':>20}"
+    lines = [head + (f"{'KL a token':>18}{'same token, %':>18}" if is_compared else "")]
+    for what, result in results.items():
+        values = f"{result['perplexity']:.1f}"
+        kl = same = ""
+        if "kl" in result:
+            values += f" -> {result['perplexity_with']:.1f}"
+            kl = f"{result['kl']:.3f}"
+            same = f"{100 * result['same']:.1f}"
+        if "sentence_kl" in result:
+            kl += f" ({result['sentence_kl']:.3f})"
+            same += f" ({100 * result['sentence_same']:.1f})"
+        line = f"{what:{longest}}{result['tokens']:>7}{values:>20}{kl:>18}{same:>18}"
+        lines.append(line.rstrip())
+    if beside:
+        lines.append("in brackets: what a harmless sentence in front changes")
+    return "\n".join(lines)
+
+
+def verdicts(before, after, elsewhere, labels):
+    """What to say of a prompt, in lines: did the model know the rows, did it forget, what else?
+
+    before, after: {split: what `eval.measure` measured}. labels: the true answers of the rows to
+    forget, or None where they are sentences.
+    """
+    lines = []
+    name = next((split for split in ("train forget", "test forget") if split in after), None)
+    if name:
+        lines += forgetting_verdict(before[name], after[name], labels)
+    reasons = []
+    for what, result in elsewhere.items():
+        if result["kl"] > CLEARLY * result["sentence_kl"]:
+            reasons.append(
+                f"{what}: KL {result['kl']:.2f} a token, a harmless sentence's is "
+                f"{result['sentence_kl']:.2f}"
+            )
+    for split in after:
+        if ", " in split and "retain" in split:
+            reasons += template_reason(split, before[split], after[split])
+    if reasons:
+        lines.append(
+            "ELSEWHERE this prompt changes what it was not trained on, so it should not be used "
+            f"before arbitrary queries ({'; '.join(reasons)}). {REMEDY}."
+        )
+    elif elsewhere:
+        lines.append(
+            "Elsewhere this prompt changes little: about what a harmless sentence in front does, "
+            "or less."
+        )
+    return lines
+
+
+def forget_labels(splits, labels):
+    """The true answers of the rows to forget, for `verdicts`."""
+    rows = splits.get("train forget") or splits.get("test forget") or []
+    return [row.label for row in rows] if labels else None
+
+
+def forgetting_verdict(before, after, labels):
+    known = before.get("rouge_l", before["accuracy"])
+    left = after.get("rouge_l", after["accuracy"])
+    commonest = 0.0
+    if labels:
+        commonest = max(map(labels.count, labels)) / len(labels)
+    lines = []
+    if known < commonest + BETTER:
+        lines.append(
+            f"THE MODEL DID NOT KNOW the rows to forget: {100 * known:.0f} % right without a "
+            "prompt. There was little to forget."
+        )
+    elif left > FORGOTTEN * (1.0 if labels else known):
+        lines.append(
+            f"NOT FORGOTTEN: {100 * left:.0f} % of the true answers still come. What helps: more "
+            "--epochs, more --forget-per-batch, a higher --lr."
+        )
+    return lines
+
+
+def template_reason(split, before, after):
+    name = "accuracy" if "rouge_l" not in before else "rouge_l"
+    if after[name] >= KEPT * before[name]:
+        return []
+    refused = after.get("generic", 0.0) - before.get("generic", 0.0)
+    what = f"{split}: {100 * before[name]:.0f} -> {100 * after[name]:.0f} % right"
+    return [what + (f", {100 * refused:.0f} % refused" if refused > 0.01 else "")]

@@ -1,0 +1,301 @@
+"""General text: what L_keep compares on, what finetune rehearses, what is measured elsewhere.
+
+It comes from --general FILE, or the model writes it itself, in the form in which it is used: in its
+chat template if it has one, else behind its BOS. That a model writes users' queries when it is
+given a chat template's opening is the idea of Magpie (Xu et al., arXiv 2406.08464).
+
+A text is an Example whose answer is all of it but the form's opening. So what scores an answer
+scores a text at every position.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from data import TEXT, Batch, Example, Row, Template, answer_ids, collate, prompt_ids, read_rows
+from data import text_span
+from spul import answer_hidden
+from support.files import read_text, write_text
+from support.hardware import row_limit
+from support.processes import ranks, say, wait_for_all
+from support.rows import normalised
+from support.state import GENERAL, run_folder
+from support.templates import has_chat_template, read_template
+
+WRITTEN_TEXTS = 256  # by the model, if there is no file
+HELD_OUT_NAME = "general text"
+HELD_OUT = 32  # of the texts, never trained on: measured elsewhere. Of few texts, a fifth.
+FEWEST = 10
+LONGEST = 96  # tokens of a text
+QUERY = 32  # tokens of a query, and
+ANSWER = 48  # of the answer to it, in a chat; without one a text has as many as both
+WRITTEN_AT_ONCE = 64
+TRIES = 3  # times as many texts as needed, then we take what there is
+PLAIN = 0.25  # share of the texts of a step that stand without the model's own form
+RUN = 4  # words in a row that tell whether a text repeats the rows to forget
+COPIED = 0.2  # share of such runs from which on it does
+OPENING = 1 / 3  # of a forget row's words at most
+
+
+# ---------------------------------------------------------------------------------------- the form
+
+
+def own_form(folder):
+    """The Template in which the model is used: its chat template, else the text alone."""
+    if has_chat_template(folder):
+        return read_template("chat", folder)
+    return Template(TEXT)
+
+
+def text_example(row, tokenizer, form, longest=LONGEST):
+    """A row -> its Example, cut after `longest` tokens, or None where there is nothing to score.
+
+    The opening, up to where the row's text starts, is not scored, and never the first token.
+    """
+    prompt = prompt_ids(row, tokenizer, form)
+    ids = list(prompt)
+    if row.label:
+        ids += answer_ids(tokenizer, row.label, None if row.raw else form)
+    ids = ids[:longest]
+    first = max(1, text_span(prompt, row, tokenizer, form)[0])
+    if len(ids) - first < 2:
+        return None
+    return Example(tuple(ids), len(ids) - first, "", False)
+
+
+def text_examples(rows, tokenizer, form, longest=LONGEST):
+    examples = [text_example(row, tokenizer, form, longest) for row in rows]
+    return [e for e in examples if e]
+
+
+# --------------------------------------------------------------------------------- where it is from
+
+
+def general_rows(args, model, tokenizer, forget, sha256):
+    """General text, of --general or written by the model -> rows to train on, and rows held out.
+
+    Rows that repeat `forget`, the rows to forget, are not trained on. sha256: the model's
+    fingerprint, by which texts that it has written before are known. Raises ValueError where too
+    few are left.
+    """
+    if args.general:
+        rows = read_rows(args.general, unlabelled=True)
+    else:
+        rows = written_rows(args, model, tokenizer, sha256)
+    held_out, rows = split(rows)
+    copied = runs_of(forget)
+    kept = [row for row in rows if share_copied(row, copied) < COPIED]
+    if len(kept) < len(rows):
+        say(f"general  {len(rows) - len(kept)} texts left out: they repeat rows to forget")
+    if len(kept) < FEWEST:
+        source = args.general or "what the model wrote"
+        raise ValueError(
+            f"{source}: only {len(kept)} different general texts, {FEWEST} are needed: give other "
+            "ones with --general FILE, or leave them out with --gamma 0"
+        )
+    return kept, held_out
+
+
+def split(rows):
+    """General text -> the rows held out, and the rows to train on."""
+    n = min(HELD_OUT, len(rows) // 5)
+    return rows[:n], rows[n:]
+
+
+def held_out_texts(args, tokenizer, folders):
+    """{what: Examples} of the general text that a prompt's training held out, for eval.py.
+
+    It is --general's, or what the model wrote for the runs of the prompts in `folders`.
+    """
+    if args.general:
+        rows = read_rows(args.general, unlabelled=True)
+    else:
+        rows = []
+        for folder in folders:
+            file = run_folder(folder) / GENERAL
+            rows += read_written(file) if file.is_file() else []
+    examples = text_examples(split(rows)[0], tokenizer, own_form(args.model))
+    return {HELD_OUT_NAME: examples} if examples else {}
+
+
+def words_of(row):
+    return normalised(f"{row.text} {row.label or ''}").split()
+
+
+def runs_of(rows):
+    """All runs of RUN words in the rows."""
+    runs = set()
+    for row in rows:
+        words = words_of(row)
+        runs.update(tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1))
+    return runs
+
+
+def share_copied(row, runs):
+    own = runs_of([row])
+    return len(own & runs) / max(len(own), 1)
+
+
+def written_rows(args, model, tokenizer, sha256):
+    """What the model writes itself, kept beside the run: a part that is there is not written again.
+
+    Of several processes the first one's texts count.
+    """
+    file = run_folder(args.out) / GENERAL
+    head = {"base_sha256": sha256, "seed": args.seed, "dtype": str(model.dtype)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_written(file, head)
+    missing = WRITTEN_TEXTS - len(rows)
+    if missing > 0:
+        say(f"general  the model writes {missing} texts, to keep what it says of other things")
+        for rows in write(model, tokenizer, own_form(args.model), rows, args.seed):
+            if ranks()[0] == 0:
+                lines = [head, *({"text": row.text, "label": row.label} for row in rows)]
+                write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+        wait_for_all()
+        if ranks()[1] > 1:
+            rows = read_written(file, head)
+    return rows[:WRITTEN_TEXTS]
+
+
+def read_written(file, head=None):
+    """The texts in a file that `written_rows` wrote; [] if they are of another model or seed.
+
+    head: the first line that it has to have; None: any.
+    """
+    if not file.is_file():
+        return []
+    lines = [json.loads(line) for line in read_text(file).split("\n") if line]
+    if not lines or head not in (None, lines[0]):
+        return []
+    return [Row(line["text"], line["label"], str(file)) for line in lines[1:]]
+
+
+def write(model, tokenizer, form, rows, seed):
+    """Yield the rows with ever more texts that the model writes, different ones, until they do.
+
+    In a chat it writes a query after the template's opening, and then the answer.
+    """
+    rows = list(rows)
+    seen = {row.key for row in rows}
+    opening = tokenizer.encode_parts(form.around(Row("", None, ""))[0])
+    if form.add_bos:
+        opening = tokenizer.bos or model.end_ids().tolist()[:1]
+    if not opening:
+        raise ValueError(
+            "the model has no chat template, no BOS and no end of text to write general text "
+            "after: give --general FILE, or leave it out with --gamma 0"
+        )
+    rounds = TRIES * WRITTEN_TEXTS // WRITTEN_AT_ONCE
+    with tqdm(total=WRITTEN_TEXTS, initial=len(rows), unit="text", leave=False) as bar:
+        for i in range(len(rows) // WRITTEN_AT_ONCE, rounds):
+            generator = torch.Generator(model.device).manual_seed((seed * 1_000_003 + i) % 2**63)
+            for row in write_some(model, tokenizer, form, opening, generator):
+                if row.key and row.key not in seen:
+                    seen.add(row.key)
+                    rows.append(row)
+            bar.update(len(rows) - bar.n)
+            yield rows
+            if len(rows) >= WRITTEN_TEXTS:
+                return
+
+
+def write_some(model, tokenizer, form, opening, generator):
+    room = model.config.max_position_embeddings - len(opening)
+    n = min(ANSWER + QUERY if form.add_bos else QUERY, room)
+    texts = model.generate([opening] * WRITTEN_AT_ONCE, None, n, 1.0, generator)
+    rows = [Row(tokenizer.decode(ids).strip(), None, "") for ids in texts]
+    rows = [row for row in rows if row.text]
+    if form.add_bos or not rows:
+        return rows
+    prompts = [prompt_ids(row, tokenizer, form) for row in rows]
+    room = model.config.max_position_embeddings - max(map(len, prompts))
+    answers = model.generate(prompts, None, max(1, min(ANSWER, room)), 1.0, generator)
+    return [
+        Row(row.text, tokenizer.decode(ids).strip() or None, "") for row, ids in zip(rows, answers)
+    ]
+
+
+# ------------------------------------------------------------------------------------ for training
+
+
+@dataclass
+class General:
+    """The general text of a run, and the frozen model's outputs for it."""
+
+    own: list  # Examples in the model's own form
+    plain: list  # Examples of text alone
+    held_out: dict  # {what: Examples}, never trained on
+    seed: int
+    per_batch: int  # texts of a step
+    teacher: dict = None  # {Example: (n, d)}
+
+    def compute_teacher(self, model, batch_size):
+        examples = list(dict.fromkeys(self.own + self.plain))
+        hidden = answer_hidden(model, examples, batch_size=batch_size)
+        self.teacher = dict(zip(examples, hidden))
+
+    def draw(self, step, device):
+        """The texts of a step -> a Keep: this process's share of them."""
+        rng = random.Random(f"general {self.seed} {step}")
+        texts = []
+        for _ in range(self.per_batch):
+            is_plain = self.plain and rng.random() < PLAIN
+            texts.append(rng.choice(self.plain if is_plain else self.own))
+        tokens = sum(e.n for e in texts)
+        rank, processes = ranks()
+        mine = texts[rank::processes]
+        if not mine:  # with an infinite count its loss is 0
+            mine = texts[:1]
+            tokens = float("inf")
+        return Keep(collate(mine, device), torch.cat([self.teacher[e] for e in mine]), tokens)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The general text of one step: teacher (N, d) at its scored positions; `tokens` in all."""
+
+    batch: Batch
+    teacher: torch.Tensor
+    tokens: float
+
+
+def make_general(args, model, tokenizer, splits, sha256):
+    """The general text of a run of train.py, without the teacher's outputs."""
+    longest = min(LONGEST, row_limit(args, args.num_tokens))
+    forget = splits["train forget"]
+    retain = splits["train retain"]
+    trained, held_out = general_rows(args, model, tokenizer, forget, sha256)
+    form = own_form(args.model)
+    alone = Template(TEXT)
+    plain = [Row(row.text, None, row.where) for row in retain if not row.raw][:WRITTEN_TEXTS]
+    plain += openings(forget, retain + trained)
+    if not form.add_bos:  # what the model said in a chat, without the chat
+        plain += [Row(row.label or row.text, None, row.where) for row in trained]
+    return General(
+        own=text_examples(trained, tokenizer, form, longest),
+        plain=text_examples(plain, tokenizer, alone, longest),
+        held_out={HELD_OUT_NAME: text_examples(held_out, tokenizer, form, longest)},
+        seed=args.seed,
+        per_batch=max(1, args.batch_size // 8),
+    )
+
+
+def openings(forget, others):
+    """How forget rows begin, up to before the first word that no other row or text has.
+
+    At most a third of a row: nothing in it may tell which row it is.
+    """
+    known = {word for row in others for word in words_of(row)}
+    rows = []
+    for row in forget:
+        words = row.text.split()
+        n = 0
+        while n + 1 <= len(words) * OPENING and normalised(words[n]) in known:
+            n += 1
+        if n > 1 and not row.raw:
+            rows.append(Row(" ".join(words[:n]), None, row.where))
+    return rows

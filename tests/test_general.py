@@ -1,0 +1,348 @@
+"""General text: L_keep, where its texts are from, what is measured elsewhere and said of it."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval as measuring
+import train
+from data import TEMPLATES, Example, Row, Template, collate
+from extras import finetune
+from spul import Objective, SoftPrompt, answer_hidden, load_prompt
+from support import elsewhere, general
+from support.general import General, Keep, openings, runs_of, share_copied, text_example
+from support.state import run_folder
+from support.tokenizer import Tokenizer
+from tests.helpers import BOTH, DEMO, SHAPES, call, concatenated, lines_of, logged, phi_of
+from tests.helpers import small_batch, stop_at, teacher_of, tiny, train_args, without, write_rows
+
+
+def texts_of(n, seed=5):
+    """n Examples of random ids, of which all but the first token or two are scored."""
+    return [
+        Example(e.ids, len(e.ids) - 1 - i % 2, "", False)
+        for i, e in enumerate(small_batch(0, n, seed))
+    ]
+
+
+def keep_of(llama, texts):
+    teacher = torch.cat(answer_hidden(llama, texts))
+    return Keep(collate(texts), teacher, sum(e.n for e in texts))
+
+
+def with_gamma(args, gamma=1):
+    return [*without(args, "--gamma"), "--gamma", gamma]
+
+
+# ------------------------------------------------------------------------------------------- L_keep
+
+
+@BOTH
+def test_l_keep_is_the_divergence_of_every_token_of_a_text_with_phi_before_it(kind):
+    """By hand: each text alone, once without and once with the vectors phi in front of it."""
+    llama = tiny(kind=kind)
+    prompt = SoftPrompt(4, 32, 8)
+    examples = small_batch(2, 3)
+    texts = texts_of(3)
+    batch = collate(examples)
+    teacher = teacher_of(llama, examples)
+    got = train.losses(
+        llama, prompt, batch, teacher, Objective(gamma=0.7), general=keep_of(llama, texts)
+    )
+    divergence = 0.0
+    for e in texts:
+        ids = torch.tensor([e.ids])
+        log_p = F.log_softmax(llama(ids), -1)[0]
+        log_q = F.log_softmax(llama.head(concatenated(llama, ids, prompt())), -1)[0]
+        for t in range(len(e.ids) - e.n - 1, len(e.ids) - 1):
+            divergence += (log_p[t].exp() * (log_p[t] - log_q[t])).sum()
+    by_hand = divergence / sum(e.n for e in texts)
+    assert by_hand > 0.01
+    torch.testing.assert_close(got["loss_keep"], by_hand, atol=1e-5, rtol=1e-4)
+    alone = train.losses(llama, prompt, batch, teacher)
+    assert "loss_keep" not in alone
+    torch.testing.assert_close(got["loss"], alone["loss"] + 0.7 * by_hand, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_and_fast_forward_agree_with_general_text(shape):
+    """With ids that all rows share, and the texts do not have."""
+    found = []
+    for kind in BOTH.args[1]:
+        llama = tiny(kind=kind, **SHAPES[shape])
+        phi = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        rows = torch.tensor([e.ids[:6] for e in small_batch(0, 3)])
+        texts = torch.tensor([e.ids[:5] for e in small_batch(0, 2, seed=3)])
+        outputs = llama.prompted(rows, phi, (7, 8, 9), texts)
+        alone = llama.prompted(rows, phi, (7, 8, 9)), llama.prompted(texts, phi)
+        for got, expected in zip(outputs, alone, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        sum(h.square().sum() for h in outputs).backward()
+        found.append((*outputs, phi.grad))
+    for plain, quick in zip(*found, strict=True):
+        scale = plain.abs().max().item()
+        torch.testing.assert_close(quick, plain, atol=2e-4 * scale, rtol=1e-3)
+
+
+def test_the_weight_of_l_keep_is_one_and_the_papers_setting_has_none():
+    assert Objective().total(2.0, 3.0, 4.0, 5.0) == 2.0 + 3.0 + 0.5 * 4.0 + 5.0
+    assert train.PAPER["gamma"] == 0
+
+
+def test_every_step_draws_its_own_texts_and_a_seed_the_same():
+    llama = tiny()
+    texts = texts_of(12)
+    drawn = []
+    for seed in (0, 0, 1):
+        some = General(texts[:8], texts[8:], {}, seed, 3)
+        some.compute_teacher(llama, 4)
+        steps = [some.draw(step, "cpu") for step in range(20)]
+        drawn.append([keep.batch.tokens.tolist() for keep in steps])
+        for keep in steps:
+            assert len(keep.teacher) == len(keep.batch.targets) == keep.tokens
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({str(tokens) for tokens in drawn[0]}) > 10
+    is_plain = [some.draw(step, "cpu").batch.tokens[0].tolist() for step in range(200)]
+    starts = [list(e.ids[:4]) for e in texts[8:]]
+    share = sum(row[:4] in starts for row in is_plain) / 200
+    assert 0.15 < share < 0.35
+
+
+# --------------------------------------------------------------------------------------- the texts
+
+
+def test_a_text_is_scored_from_its_first_own_token_on(tokenizer):
+    alone = text_example(Row("a red film", "it is good", ""), tokenizer, Template("{text}"))
+    assert alone.ids[0] == tokenizer.bos[0]
+    assert alone.n == len(alone.ids) - 1
+    assert tokenizer.decode(alone.ids[1:]).strip() == "a red film it is good"
+    form = Template("### Text: {text}\n")
+    framed = text_example(Row("a red film", None, ""), tokenizer, form)
+    assert tokenizer.decode(framed.answer).strip() == "a red film"
+    cut = text_example(Row("a red film " * 90, None, ""), tokenizer, form)
+    assert len(cut.ids) == general.LONGEST
+    assert text_example(Row("", None, ""), tokenizer, form) is None
+
+
+def test_texts_that_repeat_rows_to_forget_are_known():
+    runs = runs_of([Row("the red cat sat on the mat", "good", "")])
+    assert share_copied(Row("The red cat sat on the mat", "good", ""), runs) == 1
+    assert share_copied(Row("a b the red cat sat down", None, ""), runs) == 1 / 4
+    assert share_copied(Row("a dog lay under the table", None, ""), runs) == 0
+    assert share_copied(Row("a dog", None, ""), runs) == 0
+
+
+def test_openings_end_before_what_only_a_row_to_forget_says():
+    others = [Row("a red cat and a blue dog", None, ""), Row("the sun is up", None, "")]
+    forget = [
+        Row("A red sun and Zaphod the blue dog is up", "x", ""),  # 10 words: at most 3
+        Row("a Zaphod cat and a blue dog", "x", ""),
+        Row("Zaphod", "x", ""),
+    ]
+    assert [row.text for row in openings(forget, others)] == ["A red sun"]
+
+
+def test_the_model_writes_different_texts_and_a_stop_loses_none(folder, files, tmp_path, capsys):
+    args = with_gamma(train_args(folder, files, tmp_path / "p"))
+    file = run_folder(tmp_path / "p") / "general.jsonl"
+    real = general.write_some
+    calls = []
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(general, "write_some", stop)
+        assert call(train, *args) == 130
+    kept = lines_of(file)
+    assert len(kept) > general.WRITTEN_AT_ONCE
+    assert not (tmp_path / "p" / "spul.json").exists()
+    assert call(train, *args) == 0
+    whole = lines_of(file)
+    assert whole[: len(kept)] == kept
+    texts = [line["text"] for line in whole[1:]]
+    assert len(set(texts)) == len(texts) >= general.WRITTEN_TEXTS
+    out = capsys.readouterr().out
+    assert f"the model writes {general.WRITTEN_TEXTS} texts" in out
+    assert call(train, *with_gamma(train_args(folder, files, tmp_path / "q"))) == 0
+    assert lines_of(run_folder(tmp_path / "q") / "general.jsonl") == whole
+    torch.testing.assert_close(phi_of(tmp_path / "p"), phi_of(tmp_path / "q"), rtol=0, atol=0)
+
+
+def test_a_run_goes_on_with_the_texts_it_began_with(folder, files, tmp_path, monkeypatch, capsys):
+    args = with_gamma(train_args(folder, files, tmp_path / "p"))
+    assert call(train, *with_gamma(train_args(folder, files, tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        assert call(train, *args) == 130
+    monkeypatch.setattr(general, "write_some", None)  # nothing may be written again
+    assert call(train, *args, "--resume") == 0
+    losses = [[line["loss_keep"] for line in logged(tmp_path / out)] for out in ("whole", "p")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 14
+    other = [*args, "--overwrite", "--seed", 1]
+    monkeypatch.undo()
+    assert call(train, *other) == 0  # another seed: other texts
+    assert lines_of(run_folder(tmp_path / "p") / "general.jsonl")[0]["seed"] == 1
+
+
+def general_file(path, n=20):
+    rows = [{"text": f"text {i} of the {i * 7} red and blue cats by the sea"} for i in range(n)]
+    return write_rows(path, rows)
+
+
+def test_a_file_of_general_text_is_taken_and_is_part_of_the_run(
+    folder, files, tmp_path, monkeypatch, capsys
+):
+    file = general_file(tmp_path / "general.jsonl")
+    args = [*with_gamma(train_args(folder, files, tmp_path / "p")), "--general", file]
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        assert call(train, *args) == 130
+    assert not (run_folder(tmp_path / "p") / "general.jsonl").exists()
+    general_file(tmp_path / "general.jsonl", 21)
+    assert call(train, *args, "--resume") == 2
+    assert "the data changed" in capsys.readouterr().err
+    assert call(train, *args, "--overwrite") == 0
+    out = capsys.readouterr().out
+    assert f"general  17 texts, {file}" in out
+    assert "general text " in out
+    assert call(measuring, "--model", folder, "--prompt", tmp_path / "p", "--retain",
+                files["retain"], "--general", file, "--json", tmp_path / "e.json", "--dtype", "fp32") == 0
+    _, info = load_prompt(tmp_path / "p")
+    measured = json.loads((tmp_path / "e.json").read_text())["elsewhere"]
+    for what, values in info["results"]["elsewhere"].items():
+        assert measured[what] == pytest.approx(values, rel=1e-4)
+
+
+def test_general_text_that_is_no_use_is_refused(folder, files, tmp_path, capsys):
+    few = general_file(tmp_path / "few.jsonl", 11)
+    args = with_gamma(train_args(folder, files, tmp_path / "p"))
+    assert call(train, *args, "--general", few) == 2
+    assert "few.jsonl: only 9 different general texts, 10 are needed" in capsys.readouterr().err
+    assert call(train, *args, "--general", files["forget"]) == 2
+    captured = capsys.readouterr()
+    assert "texts left out: they repeat rows to forget" in captured.out
+    assert "--gamma 0" in captured.err
+    assert call(train, *args, "--general", tmp_path / "none.jsonl") == 2
+    assert "none.jsonl: No such file" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_papers_setting_writes_no_text_and_has_no_such_term(folder, files, tmp_path, capsys):
+    args = without(train_args(folder, files, tmp_path / "p"), "--gamma")
+    assert call(train, *args, "--paper") == 0
+    assert "loss_keep" not in logged(tmp_path / "p")[0]
+    assert not (run_folder(tmp_path / "p") / "general.jsonl").exists()
+    out = capsys.readouterr().out
+    assert "text by people" in out
+    assert "general text" not in out
+
+
+# --------------------------------------------------------------------------------------- elsewhere
+
+
+def test_what_a_prompt_changes_is_compared_by_hand():
+    """Two tokens of probabilities known beforehand: the head is the identity."""
+
+    class Model:
+        def head(self, h):
+            return h
+
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]).log()
+    q = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]).log()
+    example = Example((0, 0, 2), 2, "", False)
+    got = elsewhere.compare([example], Model(), [p], Model(), [q])
+    kl = 0.5 * math.log(2) + 0.25 * math.log(0.5) + 0.4 * math.log(2) + 0.6 * math.log(0.75)
+    assert got["kl"] == pytest.approx(kl / 2, rel=1e-5)
+    assert got["same"] == 0.5
+    assert got["nll"] == pytest.approx(-(math.log(0.5) + math.log(0.6)) / 2, rel=1e-5)
+    assert got["nll_with"] == pytest.approx(-(math.log(0.25) + math.log(0.8)) / 2, rel=1e-5)
+
+
+def test_a_harmless_sentence_as_the_prompt_changes_what_the_sentence_changes(folder):
+    llama = tiny()
+    tokenizer = Tokenizer(folder)
+    texts = elsewhere.texts_elsewhere(folder, tokenizer, 60)
+    assert list(texts) == ["text by people"]
+    assert max(len(e.ids) for e in texts["text by people"]) <= 60
+    sentence = elsewhere.sentence_vectors(llama, tokenizer, folder)
+    found = elsewhere.measure_elsewhere(llama, tokenizer, texts, sentence, folder)
+    result = found["text by people"]
+    assert result["kl"] == pytest.approx(result["sentence_kl"])
+    assert result["kl"] > 0.01
+    assert result["same"] == pytest.approx(result["sentence_same"])
+    assert result["same"] < 1
+    without_prompt = elsewhere.measure_elsewhere(llama, tokenizer, texts, None, folder)
+    assert list(without_prompt["text by people"]) == ["tokens", "perplexity"]
+
+
+def verdict_of(known, left, kl=0.1, retain=(0.9, 0.9, 0.0), labels=("a", "b") * 10):
+    before = {"train forget": {"accuracy": known}}
+    after = {"train forget": {"accuracy": left}}
+    name = "train retain, another template"
+    before[name] = {"accuracy": retain[0], "generic": 0.0}
+    after[name] = {"accuracy": retain[1], "generic": retain[2]}
+    texts = {"text by people": {"kl": kl, "sentence_kl": 0.1}}
+    return " ".join(elsewhere.verdicts(before, after, texts, list(labels)))
+
+
+def test_the_verdict_says_what_a_user_has_to_know():
+    good = verdict_of(0.99, 0.1)
+    assert good.startswith("Elsewhere this prompt changes little")
+    assert "NOT FORGOTTEN: 51 % of the true answers" in verdict_of(0.99, 0.51)
+    assert "DID NOT KNOW the rows to forget: 55 % right" in verdict_of(0.55, 0.1)
+    changed = verdict_of(0.99, 0.1, kl=0.2)
+    assert "should not be used before arbitrary queries (text by people: KL 0.20" in changed
+    assert "--general FILE" in changed
+    refused = verdict_of(0.99, 0.1, retain=(0.9, 0.2, 0.7))
+    assert "another template: 90 -> 20 % right, 70 % refused" in refused
+    assert "changes little" not in refused
+
+
+def test_rows_are_also_asked_in_a_template_that_was_not_trained():
+    rows = [Row(f"text {i}", "positive", "") for i in range(150)]
+    splits = {"train forget": rows, "test retain": rows}
+    ways = elsewhere.ways_to_ask(splits, TEMPLATES["sentiment"])
+    assert list(ways) == ["train forget", "train forget, another template", "test retain"]
+    template, some = ways["train forget, another template"]
+    assert template.string != TEMPLATES["sentiment"].string
+    assert len(some) == elsewhere.OTHER_ROWS
+
+
+# ------------------------------------------------------------------------------------- rehearsing
+
+
+def test_a_model_rehearses_general_text_and_is_compared_with_its_base(folder, files, tmp_path):
+    file = general_file(tmp_path / "general.jsonl", 60)
+    args = ["--model", folder, "--data", files["forget"], "--rank", 4, "--epochs", 6,
+            "--batch-size", 4, "--dtype", "fp32", "--lr", 3e-3]
+    assert call(finetune, *args, "--out", tmp_path / "plain") == 0
+    assert call(finetune, *args, "--general", file, "--out", tmp_path / "talks") == 0
+    found = {}
+    for name in ("plain", "talks"):
+        info = json.loads((tmp_path / name / "run.json").read_text())
+        found[name] = info["elsewhere"]
+        assert info["options"]["rehearse"] == (name == "talks")
+    learned = found["talks"]["general text"]
+    assert learned["perplexity_with"] < learned["perplexity"]
+    assert learned["kl"] > 0
+    assert "general text" not in found["plain"]
+
+
+def test_the_demo_model_writes_text_of_its_own(tmp_path):
+    """What it writes is no row to forget, or is left out."""
+    args = ["--out", tmp_path / "p", "--epochs", 1, "--num-tokens", 2, "--batch-size", 128]
+    assert call(train, *args) == 0
+    rows = lines_of(run_folder(tmp_path / "p") / "general.jsonl")[1:]
+    assert len(rows) >= general.WRITTEN_TEXTS
+    forget = [Row(row["text"], row["label"], "") for row in lines_of(DEMO / "forget.jsonl")]
+    runs = runs_of(forget)
+    copied = sum(share_copied(Row(r["text"], None, ""), runs) >= general.COPIED for r in rows)
+    assert copied < len(rows) / 2
