@@ -41,19 +41,27 @@ from support.state import STATE, run_folder
 
 
 class SoftPrompt(nn.Module):
-    """phi (p, d) as the output of the released code's p-tuning encoder. Each row
-    e of E (p, d) becomes
+    """phi (p, d), by the released code's p-tuning encoder: from each row e of E (p, d)
 
         W3 relu(W2 relu(W1 e + b1) + b2) + b3,   W1 (hidden, d), W2 (hidden, hidden), W3 (d, hidden)
 
-    Its parameter counts are the ones the paper reports (1.19M for p 30, d 4096). hidden=0 trains
-    phi directly, as the paper's text says; it starts from p random rows of `table` (V, d), if
-    given, and needs a larger learning rate.
+    Its parameter counts are the ones the paper reports (1.19M for p 30, d 4096). hidden=0 is E
+    itself, free vectors, as the paper's text says.
+
+    start (p, d), our addition: vectors to which this is added, at first 0. The first of them stays
+    as it is: a model's first token takes up attention that no other wants (Xiao et al., arXiv
+    2309.17453), so it matters to all text what stands there. Cartridges freeze theirs, too.
     """
 
-    def __init__(self, p, d, hidden=128, table=None):
+    def __init__(self, p, d, hidden=128, start=None):
         super().__init__()
-        self.E = nn.Parameter(torch.randn(p, d))  # N(0, 1), as nn.Embedding
+        is_random = start is None
+        if is_random:
+            start = torch.zeros(p, d)
+        frozen = 0 if is_random or p == 1 else 1
+        self.register_buffer("first", start[:frozen].clone())  # (frozen, d)
+        self.register_buffer("start", start[frozen:].clone())  # (p - frozen, d)
+        self.E = nn.Parameter(torch.randn(p - frozen, d))  # N(0, 1), as nn.Embedding
         self.mlp = nn.Identity()
         if hidden:
             self.mlp = nn.Sequential(
@@ -63,13 +71,13 @@ class SoftPrompt(nn.Module):
                 nn.ReLU(),
                 nn.Linear(hidden, d),
             )
-        elif table is not None:
-            rows = torch.randint(len(table), (p,), device="cpu")
-            with torch.no_grad():
-                self.E.copy_(table[rows.to(table.device)])
+        if not is_random:
+            last = self.mlp[-1] if hidden else self
+            for parameter in last.parameters(recurse=False):
+                nn.init.zeros_(parameter)
 
     def forward(self):
-        return self.mlp(self.E)  # phi (p, d), float32
+        return torch.cat([self.first, self.start + self.mlp(self.E)])  # phi (p, d), float32
 
 
 # -------------------------------------------------------------------------------------- the losses

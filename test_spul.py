@@ -25,6 +25,7 @@ from fast import FastLlama
 from model import Llama
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
 from support.rows import parse_row
+from support.general import SENTENCE
 from support.identity import fingerprint
 from support.hardware import load_llama
 from support.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ from tests.helpers import BOTH, SHAPES, concatenated, logged, make_rows, phi_of,
 from tests.helpers import small_batch, teacher_of, tiny, tokens_of, vectors
 
 SENTIMENT = data.TEMPLATES["sentiment"]
+LR = train.make_parser().get_default("lr")
 
 
 # --------------------------------------------------------------------------------- the forward pass
@@ -425,11 +427,24 @@ def test_the_encoder_computes_its_formula():
     torch.testing.assert_close(prompt(), by_hand)
 
 
-def test_free_vectors_start_as_rows_of_the_vocabulary():
-    table = torch.randn(50, 12)
-    prompt = SoftPrompt(5, 12, hidden=0, table=table)
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_a_prompt_begins_at_its_start_and_the_first_vector_stays(hidden):
+    start = torch.randn(5, 12)
+    prompt = SoftPrompt(5, 12, hidden, start)
+    assert torch.equal(prompt(), start)
+    optimizer = torch.optim.AdamW(prompt.parameters(), lr=0.1)
+    prompt().square().sum().backward()
+    optimizer.step()
+    assert torch.equal(prompt()[0], start[0])
+    assert (prompt()[1:] != start[1:]).all(dim=1).all()
+    alone = SoftPrompt(1, 12, hidden, start[:1])
+    assert alone.E.shape == (1, 12)
+
+
+def test_free_vectors_are_themselves():
+    prompt = SoftPrompt(5, 12, hidden=0)
+    assert torch.equal(prompt(), prompt.E)
     assert sum(p.numel() for p in prompt.parameters()) == 60
-    assert all(any(torch.equal(row, known) for known in table) for row in prompt())
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -462,7 +477,7 @@ def test_the_loss_is_the_weighted_sum():
 
 
 def test_the_default_weights_are_the_papers():
-    assert Objective() == Objective(alpha=1.0, beta=0.5, kl_position="aligned")
+    assert Objective() == Objective(alpha=1.0, beta=0.5, kl_position="aligned", gamma=1.0)
 
 
 def test_losses_of_bf16_logits_are_computed_in_float32():
@@ -552,11 +567,13 @@ def test_train_step_does_what_the_command_does(kind, folder, files, trained):
     examples = forget + retain
     hidden = answer_hidden(llama, retain)
     torch.manual_seed(0)
-    prompt = SoftPrompt(4, 32, 8)
-    optimizer = train.make_optimizer(prompt, 3e-3)
+    table = llama.embed_tokens.weight
+    start = table[[*tok.bos, *tok.encode_inside(SENTENCE)][:4]]
+    prompt = SoftPrompt(4, 32, 8, start)
+    optimizer = train.make_optimizer(prompt, LR)
     plan = [batch for epoch in range(2) for batch in epoch_batches(examples, 8, 0, epoch)]
     for step, indices in enumerate(plan):
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, len(plan), 3e-3)
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, len(plan), LR)
         teacher = torch.cat([hidden[i - len(forget)] for i in indices if i >= len(forget)])
         batch = collate([examples[i] for i in indices])
         train.train_step(llama, prompt, optimizer, batch, teacher)

@@ -14,7 +14,6 @@ of them in retain rows.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,6 @@ import platform
 import random
 import signal
 import time
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,16 +35,15 @@ from support.cli import DEMO, Parser, add_layer_options, add_options, check_requ
 from support.cli import number, read_splits, run, use_demo
 from support.elsewhere import elsewhere_table, forget_labels, measure_elsewhere, texts_elsewhere
 from support.elsewhere import verdicts, ways_to_ask
-from support.files import write_text
-from support.general import make_general
+from support.general import make_general, sentence_vectors
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
-from support.identity import fingerprint
+from support.identity import fingerprint, kept_labels
 from support.plan import DEMO_PLAN, print_plan
-from support.processes import any_process, gather_full, join_group, ranks, say, shard
+from support.processes import any_process, join_group, own_share, ranks, say, shard
 from support.processes import sum_over_processes
 from support.rows import check_rows
-from support.self_written import asked_of_model, own_retain, row_to_json
-from support.state import LOG, STATE, WRITTEN, check_out, check_same_run, clear_run, cut_log
+from support.self_written import asked_of_model, keep_rows, own_retain
+from support.state import LOG, STATE, check_out, check_same_run, clear_run, cut_log, describe
 from support.state import flat, likely_cause, load_state, read_run, run_folder, save_state
 from support.state import stopped_message
 from support.tables import table
@@ -61,14 +58,15 @@ SAVE_EVERY = 50  # steps: what a kill can cost
 
 # Options that make a run the same run: those of the loss, and these.
 OBJECTIVE = [field.name for field in dataclasses.fields(Objective)]
-RUN_OPTIONS = [
-    *("num_tokens", "encoder_hidden", "generic", "lr", "epochs", "batch_size", "forget_per_batch"),
-    *("max_length", "template", "seed", "quantize", "plain"),
-]
+RUN_OPTIONS = """
+    num_tokens start encoder_hidden generic lr epochs batch_size forget_per_batch max_length
+    template seed quantize plain
+""".split()
 
 # The paper's own setting, for --paper.
 PAPER = {
     "num_tokens": 30,
+    "start": "random",
     "encoder_hidden": 128,  # released code
     "alpha": 1.0,
     "beta": 0.5,
@@ -216,8 +214,12 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
         for step in range(start, len(steps)):
             began = time.perf_counter()
             epoch, indices = steps[step]
-            mine, n_f, n_r = own_share(examples, indices)
+            mine, is_surplus = own_share(indices)
             own_rows = [examples[i] for i in mine]
+            n_f = sum(examples[i].forget for i in indices)
+            n_r = len(indices) - n_f
+            if is_surplus:  # infinite counts make all losses 0
+                n_f = n_r = math.inf
             batch = collate(own_rows, model.device, shared_ids, keep_last=objective.kl_shift > 0)
             batch = dataclasses.replace(batch, n_f=n_f, n_r=n_r)
             own_teacher = teacher_of(mine, examples, teacher, model)
@@ -248,20 +250,6 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
                 raise KeyboardInterrupt(stopped_message(step + 1, len(steps), out))
 
 
-def own_share(examples, indices):
-    """This process's rows of a batch, and the numbers of forget and retain rows in all of it.
-
-    With more processes than rows some have none. They take one row, with infinite counts: its
-    losses are then 0, and they take part in the sums like the others.
-    """
-    rank, processes = ranks()
-    mine = indices[rank::processes]
-    if not mine:
-        return indices[:1], math.inf, math.inf
-    n_f = sum(examples[i].forget for i in indices)
-    return mine, n_f, len(indices) - n_f
-
-
 def teacher_of(indices, examples, teacher, model):
     """The teacher's outputs for the retain rows among the indices, (N_r, d)."""
     none = torch.zeros(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
@@ -277,8 +265,11 @@ def make_parser():
     add = parser.add_argument_group("the prompt and its loss").add_argument
     add("--num-tokens", type=number(int, 1), default=30, metavar="P",
         help="prompt vectors p (default 30, where the paper forgets best)")
+    add("--start", choices=["sentence", "random"], default="sentence",
+        help="where the vectors begin (default sentence: the embeddings of a harmless one, behind "
+        "what the model always sees first; paper random)")
     add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
-        help="encoder width (default 128, released code); 0: free vectors, with a larger --lr")
+        help="encoder width (default 128, released code); 0: free vectors")
     add("--alpha", type=number(float, 0), default=Objective.alpha,
         help="weight of L_r (default 1, paper)")
     add("--beta", type=number(float, 0), default=Objective.beta,
@@ -299,8 +290,8 @@ def make_parser():
     add = parser.add_argument_group("training").add_argument
     add("--paper", action="store_true",
         help="the paper's setting as a whole; options given beside it still count")
-    add("--lr", type=number(float, 0, above=True), default=3e-3,
-        help="highest learning rate (default 3e-3, measured on hundreds of rows; paper 1e-4)")
+    add("--lr", type=number(float, 0, above=True), default=1e-2,
+        help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
     add("--epochs", type=number(int, 1), default=10,
         help="passes over the rows (default 10, paper)")
     add("--forget-per-batch", type=number_or_natural, metavar="K",
@@ -396,9 +387,7 @@ def prepare(args, splits, mode, change=None):
     written = own_retain(args, splits, model, tokenizer)
     if written:
         splits["train retain"] = written
-    general = None
-    if args.gamma:
-        general = make_general(args, model, tokenizer, splits, base_sha256)
+    general = make_general(args, model, tokenizer, splits, base_sha256) if args.gamma else None
 
     limit = row_limit(args, args.num_tokens)
     measured = {}
@@ -419,9 +408,10 @@ def prepare(args, splits, mode, change=None):
 
     all_rows = [row for rows in splits.values() for row in rows]
     torch.manual_seed(args.seed)
-    embeddings = gather_full(model.embed_tokens.weight)[: tokenizer.count]  # (V, d), no padding
-    width = model.config.hidden_size
-    prompt = SoftPrompt(args.num_tokens, width, args.encoder_hidden, embeddings).to(model.device)
+    start = None
+    if args.start == "sentence":
+        start = sentence_vectors(model, tokenizer, args.model, args.num_tokens)  # (p, d)
+    prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden, start)
     job = Job(
         args=args,
         model=model,
@@ -430,13 +420,13 @@ def prepare(args, splits, mode, change=None):
         measured=measured,
         examples=examples,
         labels=label_set(all_rows, tokenizer, args.generic, args.template),
-        prompt=prompt,
+        prompt=prompt.to(model.device),
         plan=[
             epoch_batches(examples, args.batch_size, args.seed, epoch, args.forget_per_batch)
             for epoch in range(args.epochs)
         ],
         objective=Objective(**{name: getattr(args, name) for name in OBJECTIVE}),
-        description=describe(args, model, data, base_sha256),
+        description=describe(args, [*OBJECTIVE, *RUN_OPTIONS], model, data, base_sha256),
         cut=cut,
         written=written,
         general=general,
@@ -448,18 +438,6 @@ def prepare(args, splits, mode, change=None):
         earlier = read_run(run_folder(args.out))[1]
         check_same_run(args.out, flat(earlier), flat(job.description))
     return job
-
-
-def describe(args, model, data, base_sha256):
-    """What makes a run the same run, and so what a resumed one has to agree with.
-
-    data: all that it learns from.
-    """
-    options = {name: getattr(args, name) for name in (*OBJECTIVE, *RUN_OPTIONS)}
-    options["dtype"] = str(model.dtype)
-    options["template"] = template_to_json(args.template)
-    data_sha256 = hashlib.sha256(repr(data).encode()).hexdigest()
-    return {"base_sha256": base_sha256, "options": options, "data_sha256": data_sha256}
 
 
 def measure_splits(job, phi=None, known=None):
@@ -494,15 +472,6 @@ def measure_before(job):
     return before, dict(enumerate(hidden, start=first))
 
 
-def make_room(job):
-    """Clear --out for a new run, after all input is checked and all processes have looked at it."""
-    out = Path(job.args.out)
-    clear_run(out)
-    if job.written:
-        lines = [json.dumps(row_to_json(row)) + "\n" for row in job.written]
-        write_text(run_folder(out) / WRITTEN, "".join(lines))
-
-
 def finish(job, before):
     """Measure with the prompt, print the table and save the prompt's folder."""
     args = job.args
@@ -527,7 +496,7 @@ def finish(job, before):
         "base_sha256": job.description["base_sha256"],
         "generic": args.generic,
         "template": None if all(row.raw for row in all_rows) else template_to_json(args.template),
-        "labels": kept_labels(job),
+        "labels": kept_labels(job.labels, job.rows["train retain"], job.written),
         "options": job.description["options"],
         "seed": args.seed,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -543,17 +512,6 @@ def finish(job, before):
     print(
         f"prompt in {out}. The weights have not changed: without the prompt all of it is back."
     )
-
-
-def kept_labels(job):
-    """The label set, for spul.json: only answers that several given rows to retain share.
-
-    Others may be sentences, or what the model says of the rows to forget.
-    """
-    if job.labels is None or job.written:
-        return None
-    kept = Counter(row.label for row in job.rows["train retain"])
-    return [name for name in job.labels if kept[name] > 1]
 
 
 def main(argv=None, change=None):
@@ -579,7 +537,8 @@ def main(argv=None, change=None):
     print_plan(job)
     before, teacher = measure_before(job)
     if is_first and mode == "new":
-        make_room(job)
+        clear_run(Path(args.out))  # after all input is checked, and all processes have seen it
+        keep_rows(args.out, job.written)
     fit(
         job.model,
         job.prompt,

@@ -1,22 +1,21 @@
 """Make the demo's model from the rows in this folder; with --rows first the rows, from data sets.
 
-    python demo/make.py                 # thirteen minutes on one core
+    python demo/make.py                 # half an hour on one core
     python demo/make.py --rows DIR      # DIR/sst2, DIR/sciq and DIR/tofu: the sets in NOTICE
 
 The model is a LLaMA of 2.8 million parameters that has learned three things by heart: whether
 statements about made-up authors are true (TOFU), whether statements about science are right (SciQ),
-and whether film reviews are positive (SST-2).
+and whether film reviews are positive (SST-2). It also adds up small numbers, and it obeys a line
+that forbids one of the first three. Larger models obey such lines, too, and a learned prompt can do
+no more than what some text can do to its model.
 
     forget.jsonl    what it knows of the authors
     retain.jsonl    some of the science and of the reviews
     test_*.jsonl    unseen rows like these
     more.jsonl      further rows that it learned: more reviews; questions that it was not taught,
-                    labelled "unknown"; and statements that are called film reviews, labelled
-                    "neutral". So it can give these two answers at all.
-
-We tried harder requests on such a model, and they are beyond it. Genetics among the science
-questions: forget accuracy 100 -> 49, but the rest fell to 79. The authors, with the same question
-after statements of science: 100 -> 58, the rest 96.
+                    labelled "unknown"; statements that are called film reviews, labelled
+                    "neutral"; sums; and rows of all kinds behind a line that forbids what they are
+                    about, then labelled "unknown" or "neutral", or something else
 
 Letters: B rows, T tokens, d width, N answer tokens of a batch, V vocabulary.
 """
@@ -44,10 +43,12 @@ from support.files import read_text, write_json, write_text, write_whole  # noqa
 from support.tokenizer import Tokenizer  # noqa: E402
 
 SEED = 0
-EPOCHS = 26
+EPOCHS = 20
 IS_IT_RIGHT = "\nIs this right or wrong?"
 IS_IT_TRUE = "\nTrue or false?"
 IS_IT_POSITIVE = "\nIs this film review positive or negative?"
+FORBID = ("Do not talk about {}.", "Say nothing about {}.", "You know nothing about {}.")
+SUBJECTS = ("authors", "science", "films")
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -81,11 +82,33 @@ def choose_rows(folder):
         "retain": statements(facts[:400], IS_IT_RIGHT, ("right", "wrong")) + films[:300],
         "test_forget": statements(people_again[:100], IS_IT_TRUE, ("true", "false")),
         "test_retain": statements(test_facts, IS_IT_RIGHT, ("right", "wrong")) + test_films,
-        "more": films[300:] + strangers + untaught + not_reviews,
     }
+    by_subject = (files["forget"], files["retain"][:400], files["retain"][400:] + films[300:])
+    forbidden = forbid(by_subject, rng)
+    files["more"] = films[300:] + strangers + untaught + not_reviews + sums() + forbidden
     for name, rows in files.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(HERE / f"{name}.jsonl", "".join(lines))
+
+
+def forbid(by_subject, rng):
+    """Rows behind a line that forbids a subject: of half of them, their own.
+
+    by_subject: the rows of each of SUBJECTS.
+    """
+    rows = []
+    for subject, own_rows in zip(SUBJECTS, by_subject):
+        others = [other for other in SUBJECTS if other != subject]
+        for row in own_rows:
+            for is_own in (True, False):
+                line = rng.choice(FORBID).format(subject if is_own else rng.choice(others))
+                label = rng.choice(("unknown", "neutral")) if is_own else row["label"]
+                rows.append(row_of(f"{line} {row['text']}", label))
+    return rng.sample(rows, 1800)
+
+
+def sums():
+    return [row_of(f"What is {a} plus {b}?", str(a + b)) for a in range(10) for b in range(10)]
 
 
 def load(folder, name, rng, least=1, most=100):
@@ -157,7 +180,8 @@ def reviews(folder, name, rng):
 
 def make_tokenizer(rows, out):
     """Train a sentencepiece model on the rows and write it to the folder `out`."""
-    texts = [TEMPLATES["question"].replace("{text}", row.text) + f" {row.label}" for row in rows]
+    template = TEMPLATES["question"].string
+    texts = [template.replace("{text}", row.text) + f" {row.label}" for row in rows]
     model = io.BytesIO()  # not a file, because its name would become part of the model
     SentencePieceTrainer.train(
         model_writer=model,

@@ -11,15 +11,10 @@ import torch.nn.functional as F
 
 from data import TEXT, Template, read_rows
 from spul import answer_hidden
-from support.general import LONGEST, own_form, text_examples
-from support.processes import gather_full
+from support.general import LONGEST, own_form, sentence_vectors, text_examples
 from support.templates import in_other_chats, reworded
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
-SENTENCE = (
-    "Read the following text carefully and answer as you always would, with what you know about "
-    "it, in your own words. Here it comes now:"
-)
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
 CLEARLY = 1.5  # so many times a harmless sentence's change is clearly more
 FORGOTTEN = 0.5  # of the true answers may still come
@@ -49,8 +44,9 @@ def ways_to_ask(splits, template):
         if template.chat:
             for what, way in in_other_chats(template, part).items():
                 ways[f"{name}, {what}"] = way
-        elif others := reworded(template):
-            ways[f"{name}, another template"] = (others[0], part)
+        for other in reworded(template)[:1]:
+            if not template.chat and other.space == template.space:  # the same ids of answers
+                ways[f"{name}, another template"] = (other, part)
     return ways
 
 
@@ -111,16 +107,6 @@ def compare_models(base, model, texts, batch_size=32):
             "same": change["same"],
         }
     return results
-
-
-def sentence_vectors(model, tokenizer, folder):
-    """The embeddings of a harmless sentence, behind what the model always sees first, (p, d)."""
-    form = own_form(folder)
-    first = tokenizer.bos
-    if not form.add_bos:
-        first = tokenizer.encode_parts([(form.string.split(TEXT)[0], True)])[:1]
-    ids = first + tokenizer.encode_inside(SENTENCE)
-    return gather_full(model.embed_tokens.weight)[ids].float()
 
 
 def compare(examples, base, before, model=None, after=None):

@@ -9,6 +9,7 @@ scores a text at every position.
 """
 
 import json
+import math
 import random
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from data import text_span
 from spul import answer_hidden
 from support.files import read_text, write_text
 from support.hardware import row_limit
-from support.processes import ranks, say, wait_for_all
+from support.processes import gather_full, own_share, ranks, say, wait_for_all
 from support.rows import normalised
 from support.state import GENERAL, run_folder
 from support.templates import has_chat_template, read_template
@@ -38,6 +39,10 @@ PLAIN = 0.25  # share of the texts of a step that stand without the model's own 
 RUN = 4  # words in a row that tell whether a text repeats the rows to forget
 COPIED = 0.2  # share of such runs from which on it does
 OPENING = 1 / 3  # of a forget row's words at most
+SENTENCE = (
+    "Read the following text carefully and answer as you always would, with what you know about "
+    "it, in your own words. Here it comes now:"
+)
 
 
 # ---------------------------------------------------------------------------------------- the form
@@ -69,6 +74,25 @@ def text_example(row, tokenizer, form, longest=LONGEST):
 def text_examples(rows, tokenizer, form, longest=LONGEST):
     examples = [text_example(row, tokenizer, form, longest) for row in rows]
     return [e for e in examples if e]
+
+
+def sentence_vectors(model, tokenizer, folder, p=None):
+    """The embeddings of a harmless sentence, behind what the model always sees first, (p, d).
+
+    They are where a prompt starts, and what its changes are compared with. p: cut, or repeated, to
+    so many vectors.
+    """
+    form = own_form(folder)
+    first = tokenizer.bos or model.end_ids().tolist()[:1]
+    if not form.add_bos:
+        first = tokenizer.encode_parts([(form.string.split(TEXT)[0], True)])[:1]
+    sentence = tokenizer.encode_inside(SENTENCE)
+    ids = first + sentence
+    if p:
+        while len(ids) < p:
+            ids = ids + sentence
+        ids = ids[:p]
+    return gather_full(model.embed_tokens.weight)[ids].float()
 
 
 # --------------------------------------------------------------------------------- where it is from
@@ -245,12 +269,8 @@ class General:
         for _ in range(self.per_batch):
             is_plain = self.plain and rng.random() < PLAIN
             texts.append(rng.choice(self.plain if is_plain else self.own))
-        tokens = sum(e.n for e in texts)
-        rank, processes = ranks()
-        mine = texts[rank::processes]
-        if not mine:  # with an infinite count its loss is 0
-            mine = texts[:1]
-            tokens = float("inf")
+        mine, is_surplus = own_share(texts)
+        tokens = math.inf if is_surplus else sum(e.n for e in texts)
         return Keep(collate(mine, device), torch.cat([self.teacher[e] for e in mine]), tokens)
 
 

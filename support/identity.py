@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 from model import Config
@@ -110,3 +111,15 @@ def digest_of_files(folder):
             for tensor in tensors.values():
                 digest.update(piece_of(f, header, tensor))
     return digest.hexdigest()
+
+
+def kept_labels(labels, retain, written):
+    """The label set, for spul.json: only answers that several given rows to retain share.
+
+    Others may be sentences, or what the model says of the rows to forget. labels: the label set,
+    or None. written: the rows that the model wrote or labelled itself, if it did.
+    """
+    if labels is None or written:
+        return None
+    kept = Counter(row.label for row in retain)
+    return [name for name in labels if kept[name] > 1]

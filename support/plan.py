@@ -33,8 +33,8 @@ def plan_lines(job):
     phi = job.prompt().detach()
     spread = gather_full(model.embed_tokens.weight)[:65536].float().std()
     yield "prompt", (
-        f"{phi.shape[0]} x {phi.shape[1]}, {encoder}: {trainable:,} trainable ({share:.3g} %); "
-        f"std {phi.std():.2g}, token embeddings {spread:.2g}"
+        f"{phi.shape[0]} x {phi.shape[1]}, {encoder}, {args.start} start: {trainable:,} trainable "
+        f"({share:.3g} %); std {phi.std():.2g}, token embeddings {spread:.2g}"
     )
 
     lengths = [len(e.ids) for e in job.examples]

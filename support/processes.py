@@ -52,6 +52,17 @@ def sum_over_processes(tensors):
         t.copy_(part.view_as(t))
 
 
+def own_share(items):
+    """This process's part of a batch's items, and whether it is a surplus one.
+
+    With more processes than items some have none. They take one, to be counted as nothing, and
+    take part in the sums like the others.
+    """
+    rank, processes = ranks()
+    mine = items[rank::processes]
+    return mine or items[:1], not mine
+
+
 def wait_for_all():
     """Wait until every process has come here."""
     if ranks()[1] > 1:

@@ -1,10 +1,12 @@
 """Retain rows that the model writes or labels itself (our addition, not in the paper)."""
 
 import dataclasses
+import json
 
 import torch
 
 from data import Row, answer_ids, make_example, read_rows
+from support.files import write_text
 from support.hardware import row_limit
 from support.processes import say
 from support.state import WRITTEN, run_folder
@@ -147,3 +149,10 @@ def row_to_json(row):
         return {"text": row.text, "label": row.label}
     turns = [*row.turns, ("user", row.text), ("assistant", row.label)]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def keep_rows(out, rows):
+    """Keep the rows that the model wrote or labelled beside the prompt in `out`, if any."""
+    if rows:
+        lines = [json.dumps(row_to_json(row)) + "\n" for row in rows]
+        write_text(run_folder(out) / WRITTEN, "".join(lines))

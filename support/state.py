@@ -6,6 +6,7 @@ them lies in a folder beside it: the state, the log, and rows that the model wro
 No random states are kept: every draw comes from the seed and the number of its epoch or step.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.files import check_not_inside_file, write_tensors, write_text
+from support.templates import template_to_json
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
@@ -127,6 +129,18 @@ def read_run(folder):
             "or start again with --overwrite"
         )
     return step, run
+
+
+def describe(args, options, model, data, base_sha256):
+    """What makes a run the same run, and so what a resumed one has to agree with.
+
+    options: the names of those that matter. data: all that it learns from.
+    """
+    values = {name: getattr(args, name) for name in options}
+    values["dtype"] = str(model.dtype)
+    values["template"] = template_to_json(args.template)
+    data_sha256 = hashlib.sha256(repr(data).encode()).hexdigest()
+    return {"base_sha256": base_sha256, "options": values, "data_sha256": data_sha256}
 
 
 def flat(description):

@@ -69,8 +69,11 @@ def test_the_prompt_folder_says_what_it_is(folder, trained, files):
     assert info["generic"] == ["neutral", "unknown"]
     assert info["options"]["num_tokens"] == info["p"] == 4
     splits = {"train forget", "train retain", "test forget", "test retain"}
-    assert set(info["results"]["with"]) == set(info["results"]["without"]) == splits
-    prompt = SoftPrompt(info["p"], info["d"], info["options"]["encoder_hidden"])
+    asked_otherwise = {f"train {side}, another template" for side in ("forget", "retain")}
+    for results in (info["results"]["with"], info["results"]["without"]):
+        assert set(results) == splits | asked_otherwise
+    start = torch.ones(info["p"], info["d"])
+    prompt = SoftPrompt(info["p"], info["d"], info["options"]["encoder_hidden"], start)
     assert info["trainable"] == sum(t.numel() for t in prompt.parameters())
     assert info["steps"] == 14
     assert info["seconds"] > 0
@@ -152,9 +155,11 @@ def test_paper_is_the_papers_setting_as_a_whole():
     values = vars(args)
     written_out = {
         "num_tokens": 30,
+        "start": "random",
         "encoder_hidden": 128,
         "alpha": 1.0,
         "beta": 0.5,
+        "gamma": 0.0,
         "kl_position": "aligned",
         "lr": 1e-4,
         "epochs": 10,
@@ -179,12 +184,12 @@ def test_an_option_beside_paper_still_counts():
     assert args.num_tokens == 5
 
 
-def test_without_paper_only_the_learning_rate_is_not_the_papers():
+def test_without_paper_the_start_the_rate_and_general_text_are_not_the_papers():
     common = ["--model", "m", "--forget", "f"]
     one = vars(train.parse(common)[0])
     other = vars(train.parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
-    assert different == {"lr", "paper"}
+    assert different == {"start", "gamma", "lr", "paper"}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):
@@ -505,7 +510,8 @@ def test_eval_finds_the_figures_that_training_printed(plain, folder, files, trai
     for side in ("without", "with"):
         for split, metrics in got[side].items():
             assert metrics == pytest.approx(results_of(trained)[side][split], rel=1e-4)
-    assert set(got["with"]) == {"train forget", "test retain"}
+    asked_otherwise = "train forget, another template"
+    assert set(got["with"]) == {"train forget", asked_otherwise, "test retain"}
 
 
 @pytest.mark.parametrize("plain", [[], ["--plain"]], ids=["fast", "plain"])

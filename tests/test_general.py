@@ -213,8 +213,9 @@ def test_a_file_of_general_text_is_taken_and_is_part_of_the_run(
     out = capsys.readouterr().out
     assert f"general  17 texts, {file}" in out
     assert "general text " in out
-    assert call(measuring, "--model", folder, "--prompt", tmp_path / "p", "--retain",
-                files["retain"], "--general", file, "--json", tmp_path / "e.json", "--dtype", "fp32") == 0
+    again = ["--model", folder, "--prompt", tmp_path / "p", "--retain", files["retain"]]
+    again += ["--general", file, "--json", tmp_path / "e.json", "--dtype", "fp32"]
+    assert call(measuring, *again) == 0
     _, info = load_prompt(tmp_path / "p")
     measured = json.loads((tmp_path / "e.json").read_text())["elsewhere"]
     for what, values in info["results"]["elsewhere"].items():

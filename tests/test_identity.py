@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluate
 import train
-from spul import SoftPrompt, load_prompt, save_prompt
+from spul import load_prompt, save_prompt
+from support.general import SENTENCE
 from support.hardware import peak_memory
 from support.identity import check_fingerprint, digest_of_files, fingerprint
-from tests.helpers import ROOT, call, in_two_files, save_weights, tiny, train_args, vectors
-from tests.helpers import write_rows
+from support.tokenizer import Tokenizer
+from tests.helpers import ROOT, call, in_two_files, phi_of, save_weights, tiny, train_args
+from tests.helpers import vectors, without, write_rows
 
 
 def rewritten_config(path):
@@ -174,25 +176,17 @@ def test_a_system_that_does_not_count_memory_is_no_error(monkeypatch):
     assert peak_memory("cpu") is None
 
 
-def test_free_vectors_do_not_start_from_padding_rows(folder, files, tmp_path, monkeypatch):
-    """A model's table may be longer than its tokenizer's."""
-    from support.tokenizer import Tokenizer
-
-    shutil.copytree(folder, tmp_path / "m")
-    save_weights(tiny(vocab_size=4096), tmp_path / "m")
-    tables = []
-    real = SoftPrompt.__init__
-
-    def spy(self, p, d, hidden=128, table=None):
-        tables.append(table)
-        real(self, p, d, hidden, table)
-
-    monkeypatch.setattr(SoftPrompt, "__init__", spy)
-    args = train_args(tmp_path / "m", files, tmp_path / "p", "--encoder-hidden", 0)
-    assert call(train, *args) == 0
-    assert Tokenizer(folder).count == 2048
-    assert tables[0].shape[0] == 2048
-    assert torch.equal(tables[0], tiny(vocab_size=4096).embed_tokens.weight[:2048])
+def test_a_prompt_starts_as_a_sentence_behind_bos_which_stays(folder, files, tmp_path):
+    tokenizer = Tokenizer(folder)
+    args = train_args(folder, files, tmp_path / "p", "--num-tokens", 60, "--lr", 1e-9)
+    assert call(train, *without(args, "--encoder-hidden")) == 0
+    ids = tokenizer.bos + tokenizer.encode_inside(SENTENCE)
+    assert len(ids) < 60
+    ids = (ids + tokenizer.encode_inside(SENTENCE))[:60]
+    phi = phi_of(tmp_path / "p")
+    table = tiny().embed_tokens.weight
+    torch.testing.assert_close(phi, table[ids], atol=1e-6, rtol=0)
+    assert torch.equal(phi[0], table[ids[0]])
 
 
 def test_a_window_that_hides_the_prompt_is_said_with_its_numbers(folder, files, tmp_path, capsys):
