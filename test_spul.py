@@ -559,7 +559,7 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_nothing():
 def test_train_step_does_what_the_command_does(kind, folder, files, trained):
     llama = kind.from_pretrained(folder)
     tok = Tokenizer(folder)
-    generic = ["neutral", "unknown"]
+    generic = ["unknown"]
     rng = random.Random("generic 0")
     rows = read_rows(files["forget"])
     forget, _ = make_examples(rows, tok, SENTIMENT, 508, True, generic, rng)

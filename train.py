@@ -59,14 +59,14 @@ SAVE_EVERY = 50  # steps: what a kill can cost
 # Options that make a run the same run: those of the loss, and these.
 OBJECTIVE = [field.name for field in dataclasses.fields(Objective)]
 RUN_OPTIONS = """
-    num_tokens start encoder_hidden generic lr epochs batch_size forget_per_batch max_length
+    num_tokens init encoder_hidden generic lr epochs batch_size forget_per_batch max_length
     template seed quantize plain
 """.split()
 
 # The paper's own setting, for --paper.
 PAPER = {
     "num_tokens": 30,
-    "start": "random",
+    "init": "random",
     "encoder_hidden": 128,  # released code
     "alpha": 1.0,
     "beta": 0.5,
@@ -265,7 +265,7 @@ def make_parser():
     add = parser.add_argument_group("the prompt and its loss").add_argument
     add("--num-tokens", type=number(int, 1), default=30, metavar="P",
         help="prompt vectors p (default 30, where the paper forgets best)")
-    add("--start", choices=["sentence", "random"], default="sentence",
+    add("--init", choices=["sentence", "random"], default="sentence",
         help="where the vectors begin (default sentence: the embeddings of a harmless one, behind "
         "what the model always sees first; paper random)")
     add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
@@ -281,9 +281,9 @@ def make_parser():
     add("--kl-position", choices=["aligned", "after-label"], default="aligned",
         help="where L_kl compares: at the position that predicts an answer token (aligned), or one "
         "later, as the released code does (after-label)")
-    add("--generic", default="neutral,unknown", metavar="A,B|FILE",
-        help="answers for forgotten rows, one drawn for each (default neutral,unknown, paper); "
-        "in a file each line is one")
+    add("--generic", default="unknown", metavar="A,B|FILE",
+        help="answers for forgotten rows, one drawn for each (default unknown; paper "
+        "neutral,unknown, which learns more slowly); in a file each line is one")
     add("--write-retain", type=number(int, 1), default=256, metavar="N",
         help="without --retain: how many texts the model writes as retain rows (default 256)")
 
@@ -387,8 +387,6 @@ def prepare(args, splits, mode, change=None):
     written = own_retain(args, splits, model, tokenizer)
     if written:
         splits["train retain"] = written
-    general = make_general(args, model, tokenizer, splits, base_sha256) if args.gamma else None
-
     limit = row_limit(args, args.num_tokens)
     measured = {}
     cut = 0
@@ -403,13 +401,15 @@ def prepare(args, splits, mode, change=None):
     examples = forget + measured["train retain"]
 
     data = [examples, asked if written else None]
-    if general:
+    general = None
+    if args.gamma:
+        general = make_general(args, model, tokenizer, splits, base_sha256)
         data += [general.own, general.plain]
 
     all_rows = [row for rows in splits.values() for row in rows]
     torch.manual_seed(args.seed)
     start = None
-    if args.start == "sentence":
+    if args.init == "sentence":
         start = sentence_vectors(model, tokenizer, args.model, args.num_tokens)  # (p, d)
     prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden, start)
     job = Job(

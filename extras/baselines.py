@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from data import collate, common_prefix, epoch_batches, make_examples, read_sets
-from extras.finetune import Lora, accuracy, add_lora_options, check_model_out, describe, fit
+from extras.finetune import Lora, accuracy, add_lora_options, add_rehearsal_options
+from extras.finetune import check_model_out, describe, fit
 from extras.finetune import make_trainable, memorise, run_dtype, save_model, swap
 from extras.guards import KINDS, add_guard_options, make_guard, read_target
 from spul import answer_hidden
@@ -353,6 +354,7 @@ def make_parser():
         help="llmu, sku: random answers for each forget row (default 5)")
     add("--negate", type=number(float, 0), default=1.0, metavar="L",
         help="sku: strength of the negation (default 1)")
+    add_rehearsal_options(parser.add_argument_group("retrain").add_argument)
 
     add_guard_options(parser.add_argument_group("icul and eco").add_argument)
     return parser
@@ -368,6 +370,8 @@ def parse(argv):
         raise ValueError("--quantize: these methods need weights of 16 or 32 bits")
     if args.beta and args.method not in HAS_BETA:
         raise ValueError(f"--beta: {args.method} has none")
+    if (args.rehearse or args.general) and args.method != "retrain":
+        raise ValueError(f"--rehearse, --general: {args.method} learns no general text")
     args.target = read_target(args.target)
     args.generic = read_generic(args.generic)
     if args.train is None:

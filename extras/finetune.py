@@ -56,7 +56,7 @@ from train import WEIGHT_DECAY, interrupt, learning_rate
 ADAPTER = "adapter"  # the LoRA's folder inside that of the model
 RUN_OPTIONS = [
     *("model", "data", "full", "rank", "lora_alpha", "dropout", "targets", "lr", "epochs"),
-    *("batch_size", "seed", "max_length", "template", "plain", "rehearse"),
+    *("batch_size", "seed", "max_length", "template", "plain", "rehearse", "general"),
 ]
 REHEARSED = 4  # general texts of a step
 
@@ -115,6 +115,14 @@ def add_lora_options(add):
         help="share of the LoRA's input dropped in training (default 0; paper 0.1)")
     add("--targets", type=non_empty, metavar="A,B",
         help="layers with a LoRA (default all linear ones; paper q_proj,v_proj)")
+
+
+def add_rehearsal_options(add):
+    """The options of general text, which extras.baselines has, too."""
+    add("--rehearse", action="store_true",
+        help="also learn general text, by default what the model writes itself, so that it still "
+        "talks")
+    add("--general", type=non_empty, metavar="FILE", help="general text to rehearse")
 
 
 def make_trainable(model, args):
@@ -542,7 +550,7 @@ def memorise(args, rows, is_resumed):
 
 def rehearsed(args, model, tokenizer, base_sha256):
     """The general text to learn, and what is held out of it, Examples; none without --rehearse."""
-    if not args.rehearse:
+    if not (args.rehearse or args.general):
         return [], {}
     rows, held_out = general_rows(args, model, tokenizer, [], base_sha256)
     form = own_form(args.model)
@@ -609,9 +617,7 @@ def make_parser():
     add("--lr", type=number(float, 0, above=True),
         help="highest learning rate (default 1e-3 for a LoRA, 2e-5 with --full)")
     add("--epochs", type=number(int, 1), default=5, help="passes (default 5)")
-    add("--rehearse", action="store_true",
-        help="also learn general text, by default what the model writes itself")
-    add("--general", type=non_empty, metavar="FILE", help="general text to rehearse")
+    add_rehearsal_options(add)
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (default 0)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--adapter", type=non_empty, metavar="DIR",
@@ -626,7 +632,6 @@ def main(argv=None):
         raise ValueError("give either --data FILE ... to train, or --adapter DIR to merge")
     if args.quantize:
         raise ValueError("--quantize: memorising needs weights of 16 or 32 bits")
-    args.rehearse = args.rehearse or bool(args.general)
     is_resumed = check_model_out(args)
     if args.adapter:
         report = {"method": "adapter", "model": args.model, "adapter": args.adapter}

@@ -66,7 +66,7 @@ def test_the_prompt_folder_says_what_it_is(folder, trained, files):
     info = json.loads((trained / "spul.json").read_text())
     assert info["base_sha256"] == fingerprint(folder)
     assert info["labels"] == ["negative", "positive"]
-    assert info["generic"] == ["neutral", "unknown"]
+    assert info["generic"] == ["unknown"]
     assert info["options"]["num_tokens"] == info["p"] == 4
     splits = {"train forget", "train retain", "test forget", "test retain"}
     asked_otherwise = {f"train {side}, another template" for side in ("forget", "retain")}
@@ -155,7 +155,7 @@ def test_paper_is_the_papers_setting_as_a_whole():
     values = vars(args)
     written_out = {
         "num_tokens": 30,
-        "start": "random",
+        "init": "random",
         "encoder_hidden": 128,
         "alpha": 1.0,
         "beta": 0.5,
@@ -189,7 +189,7 @@ def test_without_paper_the_start_the_rate_and_general_text_are_not_the_papers():
     one = vars(train.parse(common)[0])
     other = vars(train.parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
-    assert different == {"start", "gamma", "lr", "paper"}
+    assert different == {"init", "gamma", "generic", "lr", "paper"}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):
@@ -617,7 +617,7 @@ def test_two_prompts_come_one_after_the_other_as_if_they_were_one(
     assert two["cost"]["trainable"] == info["trainable"] + more["trainable"]
     assert two["cost"]["peak_bytes"] == max(info["peak_bytes"], more["peak_bytes"])
     merged = evaluate.load_prompts([trained, second], config, None)[1]
-    assert merged["generic"] == ["neutral", "unknown", "nobody"]
+    assert merged["generic"] == ["unknown", "nobody"]
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,7 @@ def test_a_model_rehearses_general_text_and_is_compared_with_its_base(folder, fi
     for name in ("plain", "talks"):
         info = json.loads((tmp_path / name / "run.json").read_text())
         found[name] = info["elsewhere"]
-        assert info["options"]["rehearse"] == (name == "talks")
+        assert (info["options"]["general"] == file) == (name == "talks")
     learned = found["talks"]["general text"]
     assert learned["perplexity_with"] < learned["perplexity"]
     assert learned["kl"] > 0
