@@ -5,8 +5,8 @@
 Without arguments it takes the bundled demo. The method is in `losses`, one update in `train_step`,
 the loop in `fit`; all are plain functions to copy. The rest is the command.
 
-The model without the prompt, L_kl's teacher, runs once before training. We keep its final-norm
-outputs at the scored positions and apply the head to them again at each step.
+The model without the prompt, the teacher of L_kl and L_keep, runs once before training. We keep
+its final-norm outputs at the scored positions and apply the head to them again at each step.
 
 Letters: B rows, T tokens, p prompt tokens, d width, V vocabulary, N answer tokens of a batch, N_r
 of them in retain rows.
@@ -328,6 +328,8 @@ def parse(argv):
             f"--forget-per-batch {args.forget_per_batch} leaves no room in --batch-size "
             f"{args.batch_size}"
         )
+    if args.general and not args.gamma:
+        raise ValueError("--general: the text of L_keep, which --gamma 0 leaves out")
     if args.shard and (args.quantize or args.compile):
         raise ValueError("--shard goes with neither --quantize nor --compile")
     return args, is_demo

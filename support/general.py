@@ -192,10 +192,12 @@ def read_written(file, head=None):
     """
     if not file.is_file():
         return []
-    lines = [json.loads(line) for line in read_text(file).split("\n") if line]
-    if not lines or head not in (None, lines[0]):
+    try:
+        first, *lines = [json.loads(line) for line in read_text(file).split("\n") if line]
+        rows = [Row(line["text"], line["label"], str(file)) for line in lines]
+    except (ValueError, KeyError, TypeError):  # somebody else's: it is written anew
         return []
-    return [Row(line["text"], line["label"], str(file)) for line in lines[1:]]
+    return rows if head in (None, first) else []
 
 
 def write(model, tokenizer, form, rows, seed):

@@ -192,6 +192,19 @@ def test_a_run_goes_on_with_the_texts_it_began_with(folder, files, tmp_path, mon
     assert lines_of(run_folder(tmp_path / "p") / "general.jsonl")[0]["seed"] == 1
 
 
+def test_a_file_that_is_broken_is_written_anew(tmp_path):
+    file = tmp_path / "general.jsonl"
+    rows = [Row("a cat", "it is", str(file)), Row("a dog", None, str(file))]
+    lines = [{"seed": 1}, *({"text": row.text, "label": row.label} for row in rows)]
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    file.write_text(whole)
+    assert general.read_written(file, {"seed": 1}) == general.read_written(file) == rows
+    assert general.read_written(file, {"seed": 2}) == []
+    for broken in ("", whole[:-5], whole.replace("text", "words"), "[]\n3\n"):
+        file.write_text(broken)
+        assert general.read_written(file) == []
+
+
 def general_file(path, n=20):
     rows = [{"text": f"text {i} of the {i * 7} red and blue cats by the sea"} for i in range(n)]
     return write_rows(path, rows)
@@ -231,6 +244,8 @@ def test_general_text_that_is_no_use_is_refused(folder, files, tmp_path, capsys)
     captured = capsys.readouterr()
     assert "texts left out: they repeat rows to forget" in captured.out
     assert "--gamma 0" in captured.err
+    assert call(train, *args, "--gamma", 0, "--general", few) == 2
+    assert "--gamma 0 leaves out" in capsys.readouterr().err
     assert call(train, *args, "--general", tmp_path / "none.jsonl") == 2
     assert "none.jsonl: No such file" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
