@@ -261,7 +261,7 @@ def teacher_of(indices, examples, teacher, model):
 
 def make_parser():
     parser = Parser(__doc__)
-    add_options(parser)
+    add_options(parser, batch_size=16)
     add = parser.add_argument_group("the prompt and its loss").add_argument
     add("--num-tokens", type=number(int, 1), default=30, metavar="P",
         help="prompt vectors p (default 30, where the paper forgets best)")

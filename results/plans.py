@@ -41,16 +41,22 @@ ROWS = {
     "tofu": four_files("tofu"),
     "requests": four_files("sciq"),
     "sizes": SST2,
+    "elsewhere": four_files("sst2"),
+    "elsewhere_sst2": SST2,
+    "elsewhere_sciq": four_files("sciq"),
 }
 
 # Studies that take another one's memorised model.
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}
-TEMPLATE = dict.fromkeys(ROWS, "sentiment") | {"sciq": "question", "requests": "question"}
+QUESTIONS = ("sciq", "requests", "elsewhere_sciq")
+TEMPLATE = dict.fromkeys(ROWS, "sentiment") | dict.fromkeys(QUESTIONS, "question")
 DTYPE = dict.fromkeys(ROWS, "bf16") | {"sst2": "fp32", "assessment": "fp32"}
 
 # Memorising. The LoRA is small enough to be kept, and has the usual size of steps.
 MEMORISE = dict.fromkeys(ROWS, 4) | {"sciq": 8, "tofu": 20, "sizes": 10, "full": 5}  # epochs
-RANK = dict.fromkeys(ROWS, 4) | {"full": 8}
+MEMORISE["elsewhere_sciq"] = 8
+TALKS = ("elsewhere", "elsewhere_sst2", "elsewhere_sciq")  # their models rehearse general text
+RANK = dict.fromkeys(ROWS, 4) | {"full": 8} | dict.fromkeys(TALKS, 8)
 
 # Rows a step, in memorising and in unlearning. Few rows have small batches, to make more steps.
 BATCH = dict.fromkeys(ROWS, (16, 8)) | {"full": (128, 128)}
@@ -74,6 +80,7 @@ SEEDS = dict.fromkeys(TRIES, (0, 1, 2)) | {"full": (0, 1)}  # of SPUL
 
 SPUL_EPOCHS = 10
 SPUL_RATE = "3e-3"
+DEFAULT_BATCH = 16
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
 LAYERS = (10, 20, 60)  # besides SmolLM2-135M's 30
@@ -193,6 +200,7 @@ class Plan:
     def memorising(self):
         """The options of memorising."""
         options = ["--rank", RANK[self.study], "--lora-alpha", 32]
+        options += ["--rehearse"] if self.study in TALKS else []
         options += ["--batch-size", BATCH[self.study][0]]
         return [*options, "--epochs", MEMORISE[self.study]]
 
@@ -468,6 +476,39 @@ class Plan:
         free = ["--encoder-hidden", 0, "--lr", 0.01]
         runs.append(self.ablation("free vectors, lr 0.01", *free))
         yield [*runs, self.share(25), self.share(50)]
+
+    def elsewhere(self):
+        """What each part does to other text, on a model that talks; the defaults, three seeds."""
+        yield [self.memorised()]
+        before = ["--paper", "--lr", SPUL_RATE, "--batch-size", DEFAULT_BATCH]
+        keep = [*before, "--gamma", 1]
+        one = [*keep, "--generic", "unknown"]
+        runs = [self.default("defaults", f"default-{seed}", "--seed", seed) for seed in (0, 1, 2)]
+        runs += [
+            self.default("before: no L_keep, random start", "before", *before),
+            self.default("before, with L_keep", "keep", *keep),
+            self.default("before, with L_keep and one generic answer", "one-answer", *one),
+            self.default("defaults, free vectors", "free", "--encoder-hidden", 0),
+        ]
+        for p in (4, 10):
+            runs.append(self.default(f"defaults, p {p}", f"p-{p}", "--num-tokens", p))
+        for g in (0, 4):
+            runs.append(self.default(f"defaults, gamma {g}", f"gamma-{g}", "--gamma", g))
+        yield runs
+
+    def elsewhere_sst2(self):
+        """The defaults on more rows."""
+        yield [self.memorised()]
+        yield [self.default("defaults", "default-0")]
+
+    elsewhere_sciq = elsewhere_sst2
+
+    def default(self, method, name, *options):
+        """A prompt with train.py's defaults, but for these options."""
+        made = self.work / name
+        train = ["train.py", "--model", self.known, *self.data(*SPLITS), *self.dtype, *options]
+        train += ["--resume", "--out", made]
+        return self.run(method, name, train, learned=made, found=self.runs / name / "spul.json")
 
     def ablation(self, method, *options):
         return self.spul(method, method.replace(",", "").replace(" ", "-"), *options)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import plans  # noqa: E402
 import store  # noqa: E402
 from extras import assess  # noqa: E402
 
@@ -286,6 +287,24 @@ def request_cells(found, more, side):
     return [percent(split["accuracy"]) for split in splits]
 
 
+def elsewhere_cells(found, more, side):
+    """Accuracy of the splits and in another template, then what other text becomes."""
+    splits = found[side]
+    names = ["train forget", "train retain", "test forget", "test retain"]
+    names += [f"train {end}, another template" for end in ("forget", "retain")]
+    cells = [percent(splits[name]["accuracy"]) for name in names]
+    for what in ("general text", "text by people", "the same, no chat"):
+        result = found["elsewhere"].get(what, {})
+        if "kl" in result:
+            cells.append(f"{result['kl']:.3f} ({result['sentence_kl']:.3f})")
+            cells.append(percent(result["same"]))
+            cells.append(f"{result['perplexity']:.1f} -> {result['perplexity_with']:.1f}")
+        else:
+            cells += ["", "", f"{result['perplexity']:.1f}" if result else ""]
+    cost = found["cost"]
+    return [*cells, f"{cost['steps']:.0f}", f"{cost['seconds']:.0f}"]
+
+
 ROBUST = [
     "prompt",
     "train forget",
@@ -323,7 +342,28 @@ REQUESTS = [
     "unseen genetics",
     "unseen others",
 ]
+ELSEWHERE = [
+    "run",
+    "train forget",
+    "train retain",
+    "test forget",
+    "test retain",
+    "another template: forget",
+    "retain",
+    "general text: KL (a sentence's)",
+    "same token",
+    "perplexity",
+    "text by people: KL (a sentence's)",
+    "same token",
+    "perplexity",
+    "without chat: KL (a sentence's)",
+    "same token",
+    "perplexity",
+    "steps",
+    "s in them",
+]
 OTHERS = {
+    **dict.fromkeys(plans.TALKS, (ELSEWHERE, elsewhere_cells)),
     "robust": (ROBUST, robust_cells),
     "tofu": (TOFU, tofu_cells),
     "requests": (REQUESTS, request_cells),

@@ -63,7 +63,7 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-def add_options(parser, data=True):
+def add_options(parser, data=True, batch_size=32):
     """The options that several commands share; with data also the four files of rows."""
     title = "model and data (default: the bundled demo)" if data else "model and data"
     group = parser.add_argument_group(title)
@@ -95,8 +95,9 @@ def add_options(parser, data=True):
     group.add_argument("--quantize", choices=["int8"], help=int8)
     plain = "the forward pass of model.py, not the faster one of fast.py"
     group.add_argument("--plain", action="store_true", help=plain)
-    rows = {"type": number(int, 1), "default": 32, "metavar": "N"}
-    group.add_argument("--batch-size", help="rows in a batch (default 32, paper)", **rows)
+    rows = {"type": number(int, 1), "default": batch_size, "metavar": "N"}
+    what = f"rows in a batch (default {batch_size}, paper 32)"
+    group.add_argument("--batch-size", help=what, **rows)
 
 
 def add_layer_options(parser):

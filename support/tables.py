@@ -53,6 +53,7 @@ def report(args, model, info, before, after, metrics=METRICS, **more):
             "prompt": args.prompt,
             "dtype": str(model.dtype),
             "cost": cost,
+            "memorised": run_info(args.model).get("elsewhere"),
             "without": before,
             "with": after or None,
         }

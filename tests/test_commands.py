@@ -189,7 +189,7 @@ def test_without_paper_the_start_the_rate_and_general_text_are_not_the_papers():
     one = vars(train.parse(common)[0])
     other = vars(train.parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
-    assert different == {"init", "gamma", "generic", "lr", "paper"}
+    assert different == {"init", "gamma", "generic", "lr", "batch_size", "paper"}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):

@@ -190,6 +190,27 @@ def test_the_ablations_run_each_with_its_own_options(small_study, tmp_path):
     assert len({json.dumps(row["splits"]) for row in rows}) > len(rows) / 2
 
 
+def test_the_study_of_other_text_shows_what_a_prompt_changes_elsewhere(small_study, tmp_path):
+    """Its model rehearses general text; its runs differ in one thing each."""
+    study, args = small_study("elsewhere_sst2")
+    study.main(args)
+    table, rows = table_and_rows("elsewhere_sst2", tmp_path / "elsewhere_sst2")
+    memorised, defaults = rows
+    assert "--rehearse" in memorised["commands"][0]
+    assert memorised["found"]["memorised"]["general text"]["kl"] > 0
+    result = defaults["found"]["elsewhere"]["general text"]
+    assert f"{result['kl']:.3f} ({result['sentence_kl']:.3f})" in table
+    plan = study.plans.Plan("elsewhere", folder_of(args), tmp_path / "work", tmp_path)
+    commands = [" ".join(map(str, run.commands[0])) for run in plan.groups()[1]]
+    assert len(set(commands)) == len(commands) == 11
+    for run in plan.groups()[1]:
+        train.parse([str(word) for word in run.commands[0][1:]])
+
+
+def folder_of(args):
+    return args[args.index("--base") + 1]
+
+
 def test_the_study_of_all_of_sst2_runs_and_writes_its_table(small_study, tmp_path, monkeypatch):
     study, args = small_study("full")
     monkeypatch.setattr(study.plans, "BASELINES", {"NPO": ("npo", "full")})
