@@ -292,8 +292,8 @@ def make_parser():
         help="the paper's setting as a whole; options given beside it still count")
     add("--lr", type=number(float, 0, above=True), default=1e-2,
         help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
-    add("--epochs", type=number(int, 1), default=10,
-        help="passes over the rows (default 10, paper)")
+    add("--epochs", type=number(int, 1),
+        help="passes over the rows (default 10, paper; the demo needs 4)")
     add("--forget-per-batch", type=number_or_natural, metavar="K",
         help="forget rows in every batch; natural (default, paper): all rows once, shuffled")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
@@ -322,6 +322,7 @@ def parse(argv):
     is_demo = use_demo(args)
     check_required(args, "model", "forget")
     args.out = args.out or (str(DEMO / "prompt") if is_demo else "prompt")
+    args.epochs = args.epochs or (4 if is_demo else 10)
     args.generic = read_generic(args.generic)
     if args.forget_per_batch and args.forget_per_batch >= args.batch_size:
         raise ValueError(
@@ -480,9 +481,8 @@ def finish(job, before):
     out = Path(args.out)
     phi = job.prompt().detach()
     after = measure_splits(job, phi)
-    limit = row_limit(args, args.num_tokens)
     held_out = job.general.held_out if job.general else None
-    texts = texts_elsewhere(args.model, job.tokenizer, limit, held_out)
+    texts = texts_elsewhere(args.model, job.tokenizer, row_limit(args, args.num_tokens), held_out)
     elsewhere = measure_elsewhere(
         job.model, job.tokenizer, texts, phi, args.model, args.batch_size
     )

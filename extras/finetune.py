@@ -553,7 +553,7 @@ def rehearsed(args, model, tokenizer, base_sha256):
     if not (args.rehearse or args.general):
         return [], {}
     rows, held_out = general_rows(args, model, tokenizer, [], base_sha256)
-    form = own_form(args.model)
+    form = own_form(args.model, tokenizer)
     held_out = {HELD_OUT_NAME: text_examples(held_out, tokenizer, form)}
     return text_examples(rows, tokenizer, form), held_out
 

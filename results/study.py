@@ -9,6 +9,9 @@
     python results/study.py tofu --base smollm2        answers of several words: tofu
     python results/study.py requests --base smollm2    two requests, one model: requests
     python results/study.py sizes --base smollm2       smaller and larger models: sizes
+    python results/study.py elsewhere --base smollm2   other text, on a model that talks: elsewhere
+    python results/study.py elsewhere_sst2 --base smollm2    the defaults there on more rows
+    python results/study.py elsewhere_sciq --base smollm2    and on SciQ
 
 The tables go into results/. Every run is a few commands as a user would type them (plans.py). What
 they measured goes, with the commands, into runs/STUDY.json beside the tables (store.py). What is

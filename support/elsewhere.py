@@ -55,7 +55,7 @@ def texts_elsewhere(folder, tokenizer, limit, held_out=None):
 
     These are in the model's own form, and alone where that is a chat's. limit: the most tokens.
     """
-    form = own_form(folder)
+    form = own_form(folder, tokenizer)
     rows = read_rows(BY_PEOPLE)
     longest = min(LONGEST, limit)
     texts = dict(held_out or {})

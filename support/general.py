@@ -24,7 +24,7 @@ from support.hardware import row_limit
 from support.processes import gather_full, own_share, ranks, say, wait_for_all
 from support.rows import normalised
 from support.state import GENERAL, run_folder
-from support.templates import has_chat_template, read_template
+from support.templates import Chat
 
 WRITTEN_TEXTS = 256  # by the model, if there is no file
 HELD_OUT_NAME = "general text"
@@ -48,11 +48,12 @@ SENTENCE = (
 # ---------------------------------------------------------------------------------------- the form
 
 
-def own_form(folder):
+def own_form(folder, tokenizer):
     """The Template in which the model is used: its chat template, else the text alone."""
-    if has_chat_template(folder):
-        return read_template("chat", folder)
-    return Template(TEXT)
+    try:
+        return Chat(folder).template(tokenizer)
+    except (OSError, ValueError):  # it has none, or none that works
+        return Template(TEXT)
 
 
 def text_example(row, tokenizer, form, longest=LONGEST):
@@ -82,7 +83,7 @@ def sentence_vectors(model, tokenizer, folder, p=None):
     They are where a prompt starts, and what its changes are compared with. p: cut, or repeated, to
     so many vectors.
     """
-    form = own_form(folder)
+    form = own_form(folder, tokenizer)
     first = tokenizer.bos or model.end_ids().tolist()[:1]
     if not form.add_bos:
         first = tokenizer.encode_parts([(form.string.split(TEXT)[0], True)])[:1]
@@ -141,7 +142,7 @@ def held_out_texts(args, tokenizer, folders):
         for folder in folders:
             file = run_folder(folder) / GENERAL
             rows += read_written(file) if file.is_file() else []
-    examples = text_examples(split(rows)[0], tokenizer, own_form(args.model))
+    examples = text_examples(split(rows)[0], tokenizer, own_form(args.model, tokenizer))
     return {HELD_OUT_NAME: examples} if examples else {}
 
 
@@ -175,7 +176,7 @@ def written_rows(args, model, tokenizer, sha256):
     missing = WRITTEN_TEXTS - len(rows)
     if missing > 0:
         say(f"general  the model writes {missing} texts, to keep what it says of other things")
-        for rows in write(model, tokenizer, own_form(args.model), rows, args.seed):
+        for rows in write(model, tokenizer, own_form(args.model, tokenizer), rows, args.seed):
             if ranks()[0] == 0:
                 lines = [head, *({"text": row.text, "label": row.label} for row in rows)]
                 write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
@@ -291,7 +292,7 @@ def make_general(args, model, tokenizer, splits, sha256):
     forget = splits["train forget"]
     retain = splits["train retain"]
     trained, held_out = general_rows(args, model, tokenizer, forget, sha256)
-    form = own_form(args.model)
+    form = own_form(args.model, tokenizer)
     alone = Template(TEXT)
     plain = [Row(row.text, None, row.where) for row in retain if not row.raw][:WRITTEN_TEXTS]
     plain += openings(forget, retain + trained)

@@ -120,7 +120,8 @@ def label_rows(model, tokenizer, template, rows, forget, generic, max_length):
         for row, ids in zip(part, model.generate(prompts, None, longest)):
             label = tokenizer.decode(ids).strip()
             label = label if template.end else label.split("\n")[0].strip()
-            if label and label not in generic:
+            is_text = label and "\ufffd" not in label  # that stands for bytes that are none
+            if is_text and label not in generic:
                 label = with_space(tokenizer, label, ids) if row.raw else label
                 labelled.append(dataclasses.replace(row, label=label))
     return labelled

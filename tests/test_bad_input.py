@@ -225,8 +225,8 @@ BAD = {
         r"bad\.jsonl:2: not UTF-8",
     ),
     "a generic label": (
-        bad_rows(b'{"text": "a", "label": "neutral"}'),
-        r"bad\.jsonl:2: .*'neutral'.*--generic",
+        bad_rows(b'{"text": "a", "label": "unknown"}'),
+        r"bad\.jsonl:2: .*'unknown'.*--generic",
     ),
     "a text to forget and to keep": (shared_text, r"r\.jsonl:2: the same text as .*f\.jsonl:1"),
     "flags on some rows": (some_flags, r'f\.jsonl:2: no "forget"'),

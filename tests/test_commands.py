@@ -94,9 +94,13 @@ def test_the_demo_forgets_people_and_keeps_the_rest(tmp_path):
 
     assert accuracy("without", "train forget") > 0.95
     assert accuracy("without", "train retain") > 0.95
-    assert gain("train forget") <= -0.5
-    assert gain("train retain") >= -0.1
+    assert accuracy("with", "train forget") <= 0.15
+    assert gain("train retain") >= -0.05
     assert {"test forget", "test retain"} <= set(results["with"])
+    for what in ("general text", "text by people"):
+        change = results["elsewhere"][what]
+        assert change["kl"] < change["sentence_kl"]
+    assert "Elsewhere this prompt changes little" in done.stdout
 
 
 # -------------------------------------------------------------------------------------- the options
@@ -367,7 +371,7 @@ def test_resume_refuses_another_run(folder, files, tmp_path, monkeypatch, capsys
     assert "--resume" in capsys.readouterr().err
     assert call(train, *train_args(folder, files, out, "--resume", "--seed", 4, "--plain")) == 2
     changed = capsys.readouterr().err.split(": ")[-1]
-    assert changed == "the data, epochs, seed, plain changed\n"  # the seed draws answers
+    assert changed == "epochs, seed, plain changed\n"
     other = write_rows(tmp_path / "other.jsonl", [{"text": "new", "label": "positive"}])
     args = train_args(folder, {**files, "retain": other}, out, "--resume", "--epochs", 300)
     assert call(train, *args) == 2

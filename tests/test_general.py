@@ -16,7 +16,7 @@ from support import elsewhere, general
 from support.general import General, Keep, openings, runs_of, share_copied, text_example
 from support.state import run_folder
 from support.tokenizer import Tokenizer
-from tests.helpers import BOTH, DEMO, SHAPES, call, concatenated, lines_of, logged, phi_of
+from tests.helpers import BOTH, SHAPES, call, concatenated, lines_of, logged, phi_of
 from tests.helpers import small_batch, stop_at, teacher_of, tiny, train_args, without, write_rows
 
 
@@ -35,6 +35,13 @@ def keep_of(llama, texts):
 
 def with_gamma(args, gamma=1):
     return [*without(args, "--gamma"), "--gamma", gamma]
+
+
+@pytest.fixture
+def few_texts(monkeypatch):
+    """The model writes fewer texts: three rounds, as before."""
+    monkeypatch.setattr(general, "WRITTEN_TEXTS", 40)
+    monkeypatch.setattr(general, "WRITTEN_AT_ONCE", 16)
 
 
 # ------------------------------------------------------------------------------------------- L_keep
@@ -145,7 +152,9 @@ def test_openings_end_before_what_only_a_row_to_forget_says():
     assert [row.text for row in openings(forget, others)] == ["A red sun"]
 
 
-def test_the_model_writes_different_texts_and_a_stop_loses_none(folder, files, tmp_path, capsys):
+def test_the_model_writes_different_texts_and_a_stop_loses_none(
+    few_texts, folder, files, tmp_path, capsys
+):
     args = with_gamma(train_args(folder, files, tmp_path / "p"))
     file = run_folder(tmp_path / "p") / "general.jsonl"
     real = general.write_some
@@ -175,19 +184,21 @@ def test_the_model_writes_different_texts_and_a_stop_loses_none(folder, files, t
     torch.testing.assert_close(phi_of(tmp_path / "p"), phi_of(tmp_path / "q"), rtol=0, atol=0)
 
 
-def test_a_run_goes_on_with_the_texts_it_began_with(folder, files, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_with_the_texts_it_began_with(
+    few_texts, folder, files, tmp_path, monkeypatch, capsys
+):
     args = with_gamma(train_args(folder, files, tmp_path / "p"))
     assert call(train, *with_gamma(train_args(folder, files, tmp_path / "whole"))) == 0
     with monkeypatch.context() as patch:
         stop_at(5, patch)
         assert call(train, *args) == 130
-    monkeypatch.setattr(general, "write_some", None)  # nothing may be written again
-    assert call(train, *args, "--resume") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(general, "write_some", None)  # nothing may be written again
+        assert call(train, *args, "--resume") == 0
     losses = [[line["loss_keep"] for line in logged(tmp_path / out)] for out in ("whole", "p")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 14
     other = [*args, "--overwrite", "--seed", 1]
-    monkeypatch.undo()
     assert call(train, *other) == 0  # another seed: other texts
     assert lines_of(run_folder(tmp_path / "p") / "general.jsonl")[0]["seed"] == 1
 
@@ -350,15 +361,3 @@ def test_a_model_rehearses_general_text_and_is_compared_with_its_base(folder, fi
     assert learned["perplexity_with"] < learned["perplexity"]
     assert learned["kl"] > 0
     assert "general text" not in found["plain"]
-
-
-def test_the_demo_model_writes_text_of_its_own(tmp_path):
-    """What it writes is no row to forget, or is left out."""
-    args = ["--out", tmp_path / "p", "--epochs", 1, "--num-tokens", 2, "--batch-size", 128]
-    assert call(train, *args) == 0
-    rows = lines_of(run_folder(tmp_path / "p") / "general.jsonl")[1:]
-    assert len(rows) >= general.WRITTEN_TEXTS
-    forget = [Row(row["text"], row["label"], "") for row in lines_of(DEMO / "forget.jsonl")]
-    runs = runs_of(forget)
-    copied = sum(share_copied(Row(r["text"], None, ""), runs) >= general.COPIED for r in rows)
-    assert copied < len(rows) / 2

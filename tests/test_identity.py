@@ -121,7 +121,7 @@ def test_the_demos_model_keeps_the_digest_of_earlier_versions():
     assert found == DEMO_DIGEST
 
 
-DEMO_DIGEST = "141ad74d9d4ad170dffaba29ab0de185348d96394a3a9623aa8521e26dbe1c9e"
+DEMO_DIGEST = "aac849b120212d393f9358c39ee711dfeb96d58782db0fa7563ffba8e059b2b3"
 
 
 # ----------------------------------------------------------------------------- a folder handed on
