@@ -43,7 +43,7 @@ from support.files import read_text, write_json, write_text, write_whole  # noqa
 from support.tokenizer import Tokenizer  # noqa: E402
 
 SEED = 0
-EPOCHS = 20
+EPOCHS = 28
 IS_IT_RIGHT = "\nIs this right or wrong?"
 IS_IT_TRUE = "\nTrue or false?"
 IS_IT_POSITIVE = "\nIs this film review positive or negative?"

@@ -121,7 +121,7 @@ def test_the_demos_model_keeps_the_digest_of_earlier_versions():
     assert found == DEMO_DIGEST
 
 
-DEMO_DIGEST = "aac849b120212d393f9358c39ee711dfeb96d58782db0fa7563ffba8e059b2b3"
+DEMO_DIGEST = "059a7b7357ef52f3262287675d4ce0a2fa6ee58b5ae0984cd0f2413d2bf1a2fe"
 
 
 # ----------------------------------------------------------------------------- a folder handed on
