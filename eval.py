@@ -286,10 +286,10 @@ def table_command(args, model, tokenizer, phi, info, splits):
     limit = row_limit(args, 0 if phi is None else len(phi))
     all_rows = [row for rows in splits.values() for row in rows]
     template = template_of(args, info, all_rows)
+    labels = label_set(all_rows, tokenizer, generic, template)
     before = {}
     after = {}
     for name, (asked_in, rows) in ways_to_ask(splits, template).items():
-        labels = label_set(all_rows, tokenizer, generic, asked_in)
         examples, cut = make_examples(rows, tokenizer, asked_in, limit)
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
@@ -300,7 +300,7 @@ def table_command(args, model, tokenizer, phi, info, splits):
         before[name] = measure(*common, batch_size=args.batch_size)
         if phi is not None:
             after[name] = measure(*common, phi, batch_size=args.batch_size)
-    texts = held_out_texts(args, tokenizer, args.prompt or [])
+    texts = held_out_texts(args, tokenizer, args.prompt or [], limit)
     texts = texts_elsewhere(args.model, tokenizer, limit, texts)
     elsewhere = measure_elsewhere(model, tokenizer, texts, phi, args.model, args.batch_size)
     report(args, model, info, before, after, elsewhere=elsewhere)

@@ -144,11 +144,9 @@ class FastAttention(Attention):
         prompt_k, *text_k = self.parts(k, p, groups)
         prompt_v, *text_v = self.parts(v, p, groups)
         outputs = [self.attend(prompt_q, prompt_k, prompt_v, masks[0])]  # (1, H, p, c)
-        for i, (B, T, s) in enumerate(groups):
-            before_k = prompt_k[:, :, :s].expand(B, -1, -1, -1)  # (B, G, s, c)
-            before_v = prompt_v[:, :, :s].expand(B, -1, -1, -1)  # (B, G, s, c)
-            k = torch.cat([before_k, text_k[i]], dim=2)  # (B, G, s + T, c)
-            v = torch.cat([before_v, text_v[i]], dim=2)  # (B, G, s + T, c)
+        for i, (_, _, s) in enumerate(groups):
+            k = after_prompt(prompt_k, text_k[i], s)  # (B, G, s + T, c)
+            v = after_prompt(prompt_v, text_v[i], s)  # (B, G, s + T, c)
             outputs.append(self.attend(text_q[i], k, v, masks[1 + i]))  # (B, H, T, c)
         y = torch.cat([y.transpose(1, 2).flatten(0, 1) for y in outputs])  # (n, H, c)
         return self.o_proj(y.flatten(1))
@@ -158,6 +156,13 @@ class FastAttention(Attention):
         sizes = [(1, p), *((B, T) for B, T, _ in groups)]
         parts = t.split([B * T for B, T in sizes])
         return [part.unflatten(0, size).transpose(1, 2) for part, size in zip(parts, sizes)]
+
+
+def after_prompt(prompt, text, s):
+    """The first s of the prompt's keys or values (1, G, p, c), then each row's (B, G, T, c)."""
+    before = prompt[:, :, :s]
+    before = before.expand(len(text), -1, -1, -1)  # (B, G, s, c)
+    return torch.cat([before, text], dim=2)  # (B, G, s + T, c)
 
 
 class FastLayer(Layer):

@@ -12,8 +12,8 @@ generic one, on a retain row it stays as it was. Only phi learns:
 Log-probabilities and divergences of a row are summed over its answer's tokens. Each mean is over
 the rows of its own side in the batch, so a side without rows counts 0.
 
-L_keep is our addition, gamma 0 is the paper: other terms only see queries like the retain rows, and
-this one holds for any text. It is the context distillation of Cartridges (Eyuboglu et al., arXiv
+L_keep is our addition; gamma 0 is the paper. The other terms see only queries like the rows. L_keep
+sees text of any kind. It is the context distillation of Cartridges (Eyuboglu et al., arXiv
 2506.06266), with the model without a prompt as teacher.
 
 Letters: p prompt tokens, d width, V vocabulary, n answer tokens of a row, N of a batch, N_r of
@@ -48,9 +48,10 @@ class SoftPrompt(nn.Module):
     Its parameter counts are the ones the paper reports (1.19M for p 30, d 4096). hidden=0 is E
     itself, free vectors, as the paper's text says.
 
-    start (p, d), our addition: vectors to which this is added, at first 0. The first of them stays
-    as it is: a model's first token takes up attention that no other wants (Xiao et al., arXiv
-    2309.17453), so it matters to all text what stands there. Cartridges freeze theirs, too.
+    start (p, d), our addition: phi is start plus the encoder's output, which is 0 at first, because
+    its last layer begins at 0. The first vector does not learn. Models attend to their first token
+    when no other matters (attention sinks, Xiao et al., arXiv 2309.17453), so all text changes with
+    what stands there. Cartridges freeze their first token, too.
     """
 
     def __init__(self, p, d, hidden=128, start=None):

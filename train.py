@@ -89,18 +89,18 @@ PAPER = {
 # rows, divided by batch.n_f or batch.n_r, which count those of all processes.
 
 
-def losses(model, prompt, batch, teacher, objective=Objective(), read=None, general=None):
+def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep=None):
     """L and its terms for one batch: {"loss", "loss_f", ...}, scalar tensors.
 
     teacher (N_r, d): the model's final-norm outputs without the prompt, at the retain answers.
     read(batch, phi), if given: returns what the model reads in place of batch.tokens, ids (B, T)
     or embeddings (B, T, d).
-    general: a `support.general.Keep`, the texts of L_keep; without it there is no such term.
+    keep: a `support.general.Keep`, the texts of L_keep; without it there is no such term.
     """
     phi = prompt()  # (p, d)
     inputs = read(batch, phi.detach()) if read else batch.tokens  # (B, T), or (B, T, d)
-    if general:
-        texts = general.batch
+    if keep:
+        texts = keep.batch
         h, h_texts = model.prompted(inputs, phi, batch.shared_ids, texts.tokens)  # (B, T, d) each
     else:
         h = model.prompted(inputs, phi, batch.shared_ids)  # (B, T, d)
@@ -119,15 +119,15 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None, gene
         "loss_r": answer_loss(logits[retain], batch.targets[retain], batch.n_r),
         "loss_kl": kl_loss(student, teacher_logits, batch.n_r),
     }
-    if general:
+    if keep:
         student = model.head(h_texts[texts.rows, texts.columns])  # (N, V), of the texts' tokens
-        teacher_logits = model.head(general.teacher).detach()  # (N, V)
-        terms["loss_keep"] = kl_loss(student, teacher_logits, general.tokens)
+        teacher_logits = model.head(keep.teacher).detach()  # (N, V)
+        terms["loss_keep"] = kl_loss(student, teacher_logits, keep.tokens)
     return {"loss": objective.total(**terms), **terms}
 
 
 def train_step(
-    model, prompt, optimizer, batch, teacher, objective=Objective(), read=None, general=None
+    model, prompt, optimizer, batch, teacher, objective=Objective(), read=None, keep=None
 ):
     """One update of the prompt -> the losses and the gradient's norm, as floats.
 
@@ -135,7 +135,7 @@ def train_step(
     them, so the sum over the processes is the loss of the whole batch. Raises FloatingPointError,
     with the prompt unchanged, if a value is not finite.
     """
-    terms = losses(model, prompt, batch, teacher, objective, read, general)
+    terms = losses(model, prompt, batch, teacher, objective, read, keep)
     optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     values = torch.stack([term.detach() for term in terms.values()])
@@ -224,12 +224,12 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
             batch = dataclasses.replace(batch, n_f=n_f, n_r=n_r)
             own_teacher = teacher_of(mine, examples, teacher, model)
             own_read = functools.partial(read, step=step, rows=mine) if read else None
-            own_general = general.draw(step, model.device) if general else None
+            own_keep = general.draw(step, model.device) if general else None
             rate = learning_rate(step, len(steps), lr)
             optimizer.param_groups[0]["lr"] = rate
             try:
                 report = train_step(
-                    model, prompt, optimizer, batch, own_teacher, objective, own_read, own_general
+                    model, prompt, optimizer, batch, own_teacher, objective, own_read, own_keep
                 )
             except FloatingPointError as e:
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):
@@ -266,7 +266,7 @@ def make_parser():
     add("--num-tokens", type=number(int, 1), default=30, metavar="P",
         help="prompt vectors p (default 30, where the paper forgets best)")
     add("--init", choices=["sentence", "random"], default="sentence",
-        help="where the vectors begin (default sentence: the embeddings of a harmless one, behind "
+        help="where the vectors begin (default sentence: the embeddings of a harmless one, after "
         "what the model always sees first; paper random)")
     add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
         help="encoder width (default 128, released code); 0: free vectors")

@@ -14,8 +14,8 @@ no more than what some text can do to its model.
     test_*.jsonl    unseen rows like these
     more.jsonl      further rows that it learned: more reviews; questions that it was not taught,
                     labelled "unknown"; statements that are called film reviews, labelled
-                    "neutral"; sums; and rows of all kinds behind a line that forbids what they are
-                    about, then labelled "unknown" or "neutral", or something else
+                    "neutral"; sums; and rows of all kinds after a line that forbids a subject,
+                    labelled "unknown" or "neutral" if it is their own
 
 Letters: B rows, T tokens, d width, N answer tokens of a batch, V vocabulary.
 """
@@ -92,7 +92,7 @@ def choose_rows(folder):
 
 
 def forbid(by_subject, rng):
-    """Rows behind a line that forbids a subject: of half of them, their own.
+    """Rows after a line that forbids a subject. It is their own subject in half of them.
 
     by_subject: the rows of each of SUBJECTS.
     """

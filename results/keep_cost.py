@@ -51,7 +51,7 @@ def main(argv=None):
         for has_texts, times in seconds.items():
             texts = general.draw(step, model.device) if has_texts else None
             began = time.perf_counter()
-            train_step(model, prompt, optimizer, batch, teacher, general=texts)
+            train_step(model, prompt, optimizer, batch, teacher, keep=texts)
             times.append(time.perf_counter() - began)
     without, with_texts = (median(times[2:]) for times in seconds.values())  # 2 warm up
     print(

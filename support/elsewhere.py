@@ -1,6 +1,6 @@
 """What a prompt does to text that nobody trained on, and what to say of it.
 
-Letters: p prompt tokens, d width, V vocabulary, N scored tokens of a batch.
+Letters: p prompt tokens, d width, V vocabulary, n scored tokens of a text.
 """
 
 import math
@@ -16,10 +16,11 @@ from support.templates import in_other_chats, reworded
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
-CLEARLY = 1.5  # so many times a harmless sentence's change is clearly more
-FORGOTTEN = 0.5  # of the true answers may still come
-KEPT = 0.8  # of the rows right without the prompt have to be right in another template
-BETTER = 0.1  # than the commonest answer has a model to be that knows the rows
+# When a verdict is bad.
+CLEARLY = 1.5  # KL above so many times a harmless sentence's
+FORGOTTEN = 0.5  # more than this share of the true answers still comes
+KEPT = 0.8  # in another template less than this share of the rows right before is right
+BETTER = 0.1  # without a prompt accuracy is not this much above that of the commonest answer
 REMEDY = (
     "What helps: real rows to keep (--retain), text like your users' (--general FILE), "
     "a larger --gamma"
@@ -69,66 +70,64 @@ def texts_elsewhere(folder, tokenizer, limit, held_out=None):
 def measure_elsewhere(model, tokenizer, texts, phi, folder, batch_size=32):
     """{what: a dict} for texts, {what: Examples}, with the prompt phi (p, d), or None without one.
 
-    tokens: that were scored. perplexity, perplexity_with: without and with the prompt. kl: nats a
-    token from the model without the prompt. same: share of tokens where the likeliest is the same.
-    sentence_kl, sentence_same: these for the vectors of a harmless sentence in the prompt's place.
+    Those of `compare`, and sentence_kl, sentence_same: its kl and same for the vectors of a
+    harmless sentence in the prompt's place.
     """
+    if phi is not None:
+        sentence = sentence_vectors(model, tokenizer, folder)  # (p, d)
     results = {}
     for what, examples in texts.items():
-        outputs = []
-        for prompt in (None, phi, sentence_vectors(model, tokenizer, folder)):
-            if outputs and phi is None:
-                break
-            outputs.append(answer_hidden(model, examples, prompt, batch_size=batch_size))
-        before, *after = outputs
-        result = {"perplexity": perplexity(compare(examples, model, before)["nll"])}
-        for name, hidden in zip(("", "sentence_"), after):
-            change = compare(examples, model, before, model, hidden)
-            result |= {f"{name}{key}": change[key] for key in ("kl", "same")}
-            if not name:
-                result["perplexity_with"] = perplexity(change["nll_with"])
-        results[what] = {"tokens": sum(e.n for e in examples), **result}
+        before = answer_hidden(model, examples, batch_size=batch_size)
+        if phi is None:
+            results[what] = compare(examples, model, before)
+            continue
+        after = answer_hidden(model, examples, phi, batch_size=batch_size)
+        results[what] = compare(examples, model, before, model, after)
+        after = answer_hidden(model, examples, sentence, batch_size=batch_size)
+        beside = compare(examples, model, before, model, after)
+        results[what] |= {f"sentence_{name}": beside[name] for name in ("kl", "same")}
     return results
 
 
 @torch.no_grad()
 def compare_models(base, model, texts, batch_size=32):
-    """As `measure_elsewhere`, for a model in place of a prompt: what it has become of its base."""
+    """`compare` for texts, {what: Examples}: what a model has become of its base."""
     results = {}
     for what, examples in texts.items():
         before = answer_hidden(base, examples, batch_size=batch_size)
         after = answer_hidden(model, examples, batch_size=batch_size)
-        change = compare(examples, base, before, model, after)
-        results[what] = {
-            "tokens": sum(e.n for e in examples),
-            "perplexity": perplexity(change["nll"]),
-            "perplexity_with": perplexity(change["nll_with"]),
-            "kl": change["kl"],
-            "same": change["same"],
-        }
+        results[what] = compare(examples, base, before, model, after)
     return results
 
 
 def compare(examples, base, before, model=None, after=None):
-    """Means over the examples' tokens: {"nll", "nll_with", "kl", "same"}.
+    """What changes from outputs of `base` to others: a dict.
 
+    tokens: that were scored. perplexity, perplexity_with: before and after. kl: nats a token from
+    before to after. same: share of tokens where the likeliest is the same.
     before: of each example the outputs (n, d) of `base`; after: those of `model`, or None.
     """
-    sums = dict.fromkeys(("nll", "nll_with", "kl", "same"), 0.0)
+    nll = nll_with = kl = 0.0
+    same = 0
     for i, e in enumerate(examples):
         targets = torch.tensor(e.answer, device=before[i].device)[:, None]  # (n, 1)
         log_p = F.log_softmax(base.head(before[i]), dim=-1)  # (n, V)
-        sums["nll"] -= log_p.gather(1, targets).sum().item()
+        nll -= log_p.gather(1, targets).sum().item()
         if after:
             log_q = F.log_softmax(model.head(after[i]), dim=-1)  # (n, V)
-            sums["nll_with"] -= log_q.gather(1, targets).sum().item()
-            sums["kl"] += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-            sums["same"] += (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum().item()
+            nll_with -= log_q.gather(1, targets).sum().item()
+            kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+            same += (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum().item()
     tokens = sum(e.n for e in examples)
-    return {name: value / tokens for name, value in sums.items()}
+    result = {"tokens": tokens, "perplexity": perplexity(nll / tokens)}
+    if after:
+        result["perplexity_with"] = perplexity(nll_with / tokens)
+        result |= {"kl": kl / tokens, "same": same / tokens}
+    return result
 
 
 def perplexity(nll):
+    """exp of the nats a token, within what a float can hold."""
     return math.exp(min(nll, 700))
 
 

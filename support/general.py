@@ -1,7 +1,7 @@
 """General text: what L_keep compares on, what finetune rehearses, what is measured elsewhere.
 
 It comes from --general FILE, or the model writes it itself, in the form in which it is used: in its
-chat template if it has one, else behind its BOS. That a model writes users' queries when it is
+chat template if it has one, else after its BOS. That a model writes users' queries when it is
 given a chat template's opening is the idea of Magpie (Xu et al., arXiv 2406.08464).
 
 A text is an Example whose answer is all of it but the form's opening. So what scores an answer
@@ -36,8 +36,8 @@ ANSWER = 48  # of the answer to it, in a chat; without one a text has as many as
 WRITTEN_AT_ONCE = 64
 TRIES = 3  # times as many texts as needed, then we take what there is
 PLAIN = 0.25  # share of the texts of a step that stand without the model's own form
-RUN = 4  # words in a row that tell whether a text repeats the rows to forget
-COPIED = 0.2  # share of such runs from which on it does
+RUN = 4  # words one after the other: texts are compared with the rows to forget by such runs
+COPIED = 0.2  # a text repeats the rows if this share of its runs is theirs
 OPENING = 1 / 3  # of a forget row's words at most
 SENTENCE = (
     "Read the following text carefully and answer as you always would, with what you know about "
@@ -78,7 +78,7 @@ def text_examples(rows, tokenizer, form, longest=LONGEST):
 
 
 def sentence_vectors(model, tokenizer, folder, p=None):
-    """The embeddings of a harmless sentence, behind what the model always sees first, (p, d).
+    """The embeddings of a harmless sentence, after what the model always sees first, (p, d).
 
     They are where a prompt starts, and what its changes are compared with. p: cut, or repeated, to
     so many vectors.
@@ -130,19 +130,18 @@ def split(rows):
     return rows[:n], rows[n:]
 
 
-def held_out_texts(args, tokenizer, folders):
+def held_out_texts(args, tokenizer, folders, limit):
     """{what: Examples} of the general text that a prompt's training held out, for eval.py.
 
-    It is --general's, or what the model wrote for the runs of the prompts in `folders`.
+    It is --general's, or what the model wrote for the runs of the prompts in `folders`. limit: the
+    most tokens of a text.
     """
     if args.general:
         rows = read_rows(args.general, unlabelled=True)
     else:
-        rows = []
-        for folder in folders:
-            file = run_folder(folder) / GENERAL
-            rows += read_written(file) if file.is_file() else []
-    examples = text_examples(split(rows)[0], tokenizer, own_form(args.model, tokenizer))
+        rows = [row for folder in folders for row in read_written(run_folder(folder) / GENERAL)]
+    form = own_form(args.model, tokenizer)
+    examples = text_examples(split(rows)[0], tokenizer, form, min(LONGEST, limit))
     return {HELD_OUT_NAME: examples} if examples else {}
 
 
@@ -202,9 +201,10 @@ def read_written(file, head=None):
 
 
 def write(model, tokenizer, form, rows, seed):
-    """Yield the rows with ever more texts that the model writes, different ones, until they do.
+    """Yield the rows again and again, each time with more texts that the model has written.
 
-    In a chat it writes a query after the template's opening, and then the answer.
+    No text comes twice. In a chat the model writes a query after the template's opening, and then
+    the answer. The number of a round is its seed, so writing goes on where it was stopped.
     """
     rows = list(rows)
     seen = {row.key for row in rows}
@@ -231,6 +231,7 @@ def write(model, tokenizer, form, rows, seed):
 
 
 def write_some(model, tokenizer, form, opening, generator):
+    """The rows of one round."""
     room = model.config.max_position_embeddings - len(opening)
     n = min(ANSWER + QUERY if form.add_bos else QUERY, room)
     texts = model.generate([opening] * WRITTEN_AT_ONCE, None, n, 1.0, generator)
@@ -308,9 +309,9 @@ def make_general(args, model, tokenizer, splits, sha256):
 
 
 def openings(forget, others):
-    """How forget rows begin, up to before the first word that no other row or text has.
+    """How forget rows begin: their first words, as far as other rows and texts have them, too.
 
-    At most a third of a row: nothing in it may tell which row it is.
+    So nothing there tells which row it is. It is a third of a row at most.
     """
     known = {word for row in others for word in words_of(row)}
     rows = []

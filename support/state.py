@@ -1,7 +1,7 @@
 """The folders of a training run: what may be in them, and the state of a run that has not finished.
 
 The prompt's folder, --out, holds no text of the rows, so that it can be handed on. What may tell of
-them lies in a folder beside it: the state, the log, and rows that the model wrote or labelled.
+them lies in a folder beside it: the state, the log, and text that the model wrote or labelled.
 
 No random states are kept: every draw comes from the seed and the number of its epoch or step.
 """

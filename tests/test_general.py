@@ -57,7 +57,7 @@ def test_l_keep_is_the_divergence_of_every_token_of_a_text_with_phi_before_it(ki
     batch = collate(examples)
     teacher = teacher_of(llama, examples)
     got = train.losses(
-        llama, prompt, batch, teacher, Objective(gamma=0.7), general=keep_of(llama, texts)
+        llama, prompt, batch, teacher, Objective(gamma=0.7), keep=keep_of(llama, texts)
     )
     divergence = 0.0
     for e in texts:
@@ -289,8 +289,9 @@ def test_what_a_prompt_changes_is_compared_by_hand():
     kl = 0.5 * math.log(2) + 0.25 * math.log(0.5) + 0.4 * math.log(2) + 0.6 * math.log(0.75)
     assert got["kl"] == pytest.approx(kl / 2, rel=1e-5)
     assert got["same"] == 0.5
-    assert got["nll"] == pytest.approx(-(math.log(0.5) + math.log(0.6)) / 2, rel=1e-5)
-    assert got["nll_with"] == pytest.approx(-(math.log(0.25) + math.log(0.8)) / 2, rel=1e-5)
+    assert got["perplexity"] == pytest.approx((0.5 * 0.6) ** -0.5, rel=1e-5)
+    assert got["perplexity_with"] == pytest.approx((0.25 * 0.8) ** -0.5, rel=1e-5)
+    assert got["tokens"] == 2
 
 
 def test_a_harmless_sentence_as_the_prompt_changes_what_the_sentence_changes(folder):
