@@ -9,8 +9,9 @@ itself is in the folder `adapter` inside, as the package peft saves it. The merg
 bits on every machine, so the base and an adapter of a few megabytes are enough to have the model
 again.
 
-A model that learns rows by heart forgets how to talk: with --rehearse it also learns general text,
-so that it stays a language model. What it still says of other text, beside its base, is measured.
+A model that learns rows by heart forgets how to talk. With --rehearse the loss has another term,
+L_keep of spul.py with the base as teacher, over general text. What the model still says of other
+text, beside its base, is measured.
 
 `fit` is the training loop for everything that changes weights: baselines.py unlearns with it,
 probes.py attacks with it, and demo/make.py trains the demo's model from nothing.
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from data import collate, common_prefix, epoch_batches, make_examples, read_rows
 from eval import score
 from model import FUSED
-from spul import answer_hidden
+from spul import answer_hidden, kl_loss
 from support.cli import Parser, add_options, check_required, non_empty, number, run
 from support.elsewhere import compare_models, elsewhere_table, texts_elsewhere
 from support.files import check_not_inside_file, read_json, write_json, write_tensors
@@ -120,7 +121,7 @@ def add_lora_options(add):
 def add_rehearsal_options(add):
     """The options of general text, which extras.baselines has, too."""
     add("--rehearse", action="store_true",
-        help="also learn general text, by default what the model writes itself, so that it still "
+        help="also keep what the model says of general text, by default its own, so that it still "
         "talks")
     add("--general", type=non_empty, metavar="FILE", help="general text to rehearse")
 
@@ -514,6 +515,7 @@ def memorise(args, rows, is_resumed):
     examples, cut = make_examples(rows, tokenizer, args.template, row_limit(args, 0))
     base_sha256 = fingerprint(args.model)
     texts, held_out = rehearsed(args, model, tokenizer, base_sha256)
+    teacher = Teacher(model, texts, args.batch_size) if texts else None
     trainable = sum(p.numel() for p in make_trainable(model, args))
     print(
         f"{len(examples)} rows, {cut} texts cut; {len(texts)} general texts; {trainable:,} "
@@ -523,7 +525,9 @@ def memorise(args, rows, is_resumed):
     options = {name: getattr(args, name) for name in RUN_OPTIONS}
     options |= {"dtype": str(dtype), "template": template_to_json(args.template)}
     description = describe(options, args.model, examples + texts)
-    steps, seconds = memorise_rows(model, examples, texts, args, dtype, description, is_resumed)
+    steps, seconds = memorise_rows(
+        model, examples, teacher, args, dtype, description, is_resumed
+    )
     report = {
         "method": "finetune",
         "options": options,
@@ -549,7 +553,7 @@ def memorise(args, rows, is_resumed):
 
 
 def rehearsed(args, model, tokenizer, base_sha256):
-    """The general text to learn, and what is held out of it, Examples; none without --rehearse."""
+    """The general text to rehearse, and what is held out, Examples; none without --rehearse."""
     if not (args.rehearse or args.general):
         return [], {}
     rows, held_out = general_rows(args, model, tokenizer, [], base_sha256)
@@ -558,8 +562,31 @@ def rehearsed(args, model, tokenizer, base_sha256):
     return text_examples(rows, tokenizer, form), held_out
 
 
-def memorise_rows(model, examples, texts, args, dtype, description, is_resumed):
-    """Train on examples and general texts, and print the accuracy of each epoch -> as `fit`."""
+class Teacher:
+    """What the base says of general texts, Examples, for L_keep."""
+
+    @torch.no_grad()
+    def __init__(self, model, texts, batch_size):
+        self.texts = texts
+        self.hidden = answer_hidden(model, texts, batch_size=batch_size)  # (n, d) of each
+        self.scaling = model.config.logits_scaling
+        is_tied = model.config.tie_word_embeddings
+        table = model.embed_tokens if is_tied else model.lm_head
+        self.table = table.weight.detach().clone()  # (V, d), as --full trains it, too
+
+    def loss(self, model, rng):
+        """L_keep of a few of the texts."""
+        chosen = rng.sample(range(len(self.texts)), min(REHEARSED, len(self.texts)))
+        batch = collate([self.texts[i] for i in chosen], model.device)
+        h = model.hidden(batch.tokens)  # (B, T, d)
+        logits = model.head(h[batch.rows, batch.columns])  # (N, V)
+        hidden = torch.cat([self.hidden[i] for i in chosen])  # (N, d)
+        teacher_logits = F.linear(hidden / self.scaling, self.table)  # (N, V)
+        return kl_loss(logits, teacher_logits, len(logits))
+
+
+def memorise_rows(model, examples, teacher, args, dtype, description, is_resumed):
+    """Train on examples, with L_keep if there is a teacher, and print each epoch's accuracy."""
     shared_ids = common_prefix(examples)
     began = time.perf_counter()
     is_right = []  # of each row of the epoch
@@ -571,16 +598,10 @@ def memorise_rows(model, examples, texts, args, dtype, description, is_resumed):
         is_wrong = logits.argmax(dim=-1) != batch.targets  # (N,)
         wrong_rows = set(batch.rows[is_wrong].tolist())
         is_right.extend(row not in wrong_rows for row in range(len(indices)))
-        return F.cross_entropy(logits, batch.targets) + text_loss(step)
-
-    def text_loss(step):
-        if not texts:
-            return 0.0
-        rng = random.Random(f"rehearse {args.seed} {step}")
-        batch = collate(rng.sample(texts, min(REHEARSED, len(texts))), model.device)
-        h = model.hidden(batch.tokens)  # (B, T, d)
-        logits = model.head(h[batch.rows, batch.columns])  # (N, V)
-        return F.cross_entropy(logits, batch.targets)
+        total = F.cross_entropy(logits, batch.targets)
+        if teacher:
+            total = total + teacher.loss(model, random.Random(f"rehearse {args.seed} {step}"))
+        return total
 
     def report(epoch):
         share = sum(is_right) / len(is_right)
