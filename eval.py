@@ -19,12 +19,12 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from data import Row, answer_ids, generic_ids, make_examples, prompt_ids
+from data import Row, answer_ids, generic_ids, prompt_ids
 from spul import answer_hidden, load_prompt
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
-from support.elsewhere import elsewhere_table, forget_labels, measure_elsewhere, texts_elsewhere
-from support.elsewhere import verdicts, ways_to_ask
+from support.elsewhere import elsewhere_table, examples_to_ask, forget_labels, measure_elsewhere
+from support.elsewhere import texts_elsewhere, verdicts
 from support.files import check_json_path
 from support.general import held_out_texts
 from support.hardware import load_model, read_config, row_limit, window_warning
@@ -289,8 +289,7 @@ def table_command(args, model, tokenizer, phi, info, splits):
     labels = label_set(all_rows, tokenizer, generic, template)
     before = {}
     after = {}
-    for name, (asked_in, rows) in ways_to_ask(splits, template).items():
-        examples, cut = make_examples(rows, tokenizer, asked_in, limit)
+    for name, examples, cut in examples_to_ask(splits, template, tokenizer, limit):
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
         longest = max(len(e.ids) for e in examples)
@@ -317,7 +316,8 @@ def main(argv=None):
         help="the folder that train.py wrote; several times for prompts one after the other")
     add("--ask", metavar="TEXT", help="show the answers to one text instead")
     add("--general", type=non_empty, metavar="FILE",
-        help="general text to measure elsewhere (default: what the model wrote for the prompt)")
+        help="general text: a fifth of it, held out of training, is measured (default: of what "
+        "the model wrote for the prompt)")
     add("--json", type=non_empty, metavar="FILE", help="also write the table to this file")
     args = parser.parse_args(argv)
     is_demo = use_demo(args)

@@ -49,9 +49,9 @@ class SoftPrompt(nn.Module):
     itself, free vectors, as the paper's text says.
 
     start (p, d), our addition: phi is start plus the encoder's output, which is 0 at first, because
-    its last layer begins at 0. The first vector does not learn. Models attend to their first token
-    when no other matters (attention sinks, Xiao et al., arXiv 2309.17453), so all text changes with
-    what stands there. Cartridges freeze their first token, too.
+    its last layer begins at 0. The first of several vectors does not learn. Models attend to their
+    first token when no other matters (attention sinks, Xiao et al., arXiv 2309.17453), so all text
+    changes with what stands there. Cartridges freeze their first token, too.
     """
 
     def __init__(self, p, d, hidden=128, start=None):

@@ -33,8 +33,8 @@ from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, sav
 from support.checks import check_generic, read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
 from support.cli import number, read_splits, run, use_demo
-from support.elsewhere import elsewhere_table, forget_labels, measure_elsewhere, texts_elsewhere
-from support.elsewhere import verdicts, ways_to_ask
+from support.elsewhere import elsewhere_table, examples_to_ask, forget_labels, measure_elsewhere
+from support.elsewhere import texts_elsewhere, verdicts
 from support.general import make_general, sentence_vectors
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
@@ -393,8 +393,8 @@ def prepare(args, splits, mode, change=None):
     limit = row_limit(args, args.num_tokens)
     measured = {}
     cut = 0
-    for name, (asked_in, rows) in ways_to_ask(splits, args.template).items():
-        measured[name], n = make_examples(rows, tokenizer, asked_in, limit)
+    for name, found, n in examples_to_ask(splits, args.template, tokenizer, limit):
+        measured[name] = found
         cut += n if name in ("train forget", "train retain") else 0
     rng = random.Random(f"generic {args.seed}")
     forget_rows = splits["train forget"]
@@ -539,7 +539,7 @@ def main(argv=None, change=None):
     print_plan(job)
     before, teacher = measure_before(job)
     if is_first and mode == "new":
-        clear_run(Path(args.out))  # after all input is checked, and all processes have seen it
+        clear_run(args)  # after all input is checked, and all processes have seen it
         keep_rows(args.out, job.written)
     fit(
         job.model,

@@ -450,7 +450,7 @@ def main(argv=None):
     elif args.method == "retrain":
         args.data = [args.retain or args.forget]
         args.epochs = args.epochs or 5
-        memorise(args, retain, is_resumed)
+        memorise(args, retain, is_resumed, forget)
     else:
         unlearn_command(args, forget, retain, is_resumed)
 

@@ -506,15 +506,18 @@ def merge(args, adapter, dtype, report):
     save_model(model, args, report)
 
 
-def memorise(args, rows, is_resumed):
-    """Train on rows with the options in args, save the model, and say how many rows it knows."""
+def memorise(args, rows, is_resumed, forget=()):
+    """Train on rows with the options in args, save the model, and say how many rows it knows.
+
+    forget: rows that may not come in as general text either.
+    """
     asked = DTYPES.get(args.dtype)  # None for auto: then the merged model keeps its file's dtype
     dtype = run_dtype(args, is_resumed)
     args.lr = args.lr or (2e-5 if args.full else 1e-3)
     model, tokenizer = load_model(args)
     examples, cut = make_examples(rows, tokenizer, args.template, row_limit(args, 0))
     base_sha256 = fingerprint(args.model)
-    texts, held_out = rehearsed(args, model, tokenizer, base_sha256)
+    texts, held_out = rehearsed(args, model, tokenizer, base_sha256, forget)
     teacher = Teacher(model, texts, args.batch_size) if texts else None
     trainable = sum(p.numel() for p in make_trainable(model, args))
     print(
@@ -552,14 +555,15 @@ def memorise(args, rows, is_resumed):
     write_json(Path(args.out) / "run.json", {**run_info(args.out), "elsewhere": elsewhere})
 
 
-def rehearsed(args, model, tokenizer, base_sha256):
+def rehearsed(args, model, tokenizer, base_sha256, forget):
     """The general text to rehearse, and what is held out, Examples; none without --rehearse."""
     if not (args.rehearse or args.general):
         return [], {}
-    rows, held_out = general_rows(args, model, tokenizer, [], base_sha256)
+    rows, held_out = general_rows(args, model, tokenizer, forget, base_sha256)
     form = own_form(args.model, tokenizer)
-    held_out = {HELD_OUT_NAME: text_examples(held_out, tokenizer, form)}
-    return text_examples(rows, tokenizer, form), held_out
+    limit = row_limit(args, 0)
+    held_out = {HELD_OUT_NAME: text_examples(held_out, tokenizer, form, limit)}
+    return text_examples(rows, tokenizer, form, limit), held_out
 
 
 class Teacher:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import TEXT, Template, read_rows
+from data import TEXT, Template, make_examples, read_rows
 from spul import answer_hidden
-from support.general import LONGEST, own_form, sentence_vectors, text_examples
+from support.general import own_form, sentence_vectors, text_examples
+from support.processes import say
 from support.templates import in_other_chats, reworded
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
@@ -20,7 +21,8 @@ OTHER_ROWS = 100  # of a split, asked otherwise than in training
 CLEARLY = 1.5  # KL above so many times a harmless sentence's
 FORGOTTEN = 0.5  # more than this share of the true answers still comes
 KEPT = 0.8  # in another template less than this share of the rows right before is right
-BETTER = 0.1  # without a prompt accuracy is not this much above that of the commonest answer
+BETTER = 0.1  # without a prompt accuracy is not this much above that of the commonest answer,
+KNOWN = 0.9  # and not above this
 REMEDY = (
     "What helps: real rows to keep (--retain), text like your users' (--general FILE), "
     "a larger --gamma"
@@ -51,6 +53,21 @@ def ways_to_ask(splits, template):
     return ways
 
 
+def examples_to_ask(splits, template, tokenizer, limit):
+    """Yield (name, Examples, how many texts were cut) of `ways_to_ask`.
+
+    A way that nobody asked for is left out where the rows have no room in it, or where the chat
+    template refuses it.
+    """
+    for name, (asked_in, rows) in ways_to_ask(splits, template).items():
+        try:
+            yield name, *make_examples(rows, tokenizer, asked_in, limit)
+        except ValueError as e:
+            if name in splits:
+                raise
+            say(f"{name}: not measured: {e}")
+
+
 def texts_elsewhere(folder, tokenizer, limit, held_out=None):
     """{what: Examples}: held_out, the same kind of text as L_keep's, and texts by people.
 
@@ -58,12 +75,11 @@ def texts_elsewhere(folder, tokenizer, limit, held_out=None):
     """
     form = own_form(folder, tokenizer)
     rows = read_rows(BY_PEOPLE)
-    longest = min(LONGEST, limit)
     texts = dict(held_out or {})
-    texts["text by people"] = text_examples(rows, tokenizer, form, longest)
+    texts["text by people"] = text_examples(rows, tokenizer, form, limit)
     if not form.add_bos:
-        texts["the same, no chat"] = text_examples(rows, tokenizer, Template(TEXT), longest)
-    return texts
+        texts["the same, no chat"] = text_examples(rows, tokenizer, Template(TEXT), limit)
+    return {what: examples for what, examples in texts.items() if examples}
 
 
 @torch.no_grad()
@@ -161,8 +177,8 @@ def elsewhere_table(results):
 def verdicts(before, after, elsewhere, labels):
     """What to say of a prompt, in lines: did the model know the rows, did it forget, what else?
 
-    before, after: {split: what `eval.measure` measured}. labels: the true answers of the rows to
-    forget, or None where they are sentences.
+    before, after: {split: what `eval.measure` measured}. labels: the true answers of the rows, or
+    None where they are sentences.
     """
     lines = []
     name = next((split for split in ("train forget", "test forget") if split in after), None)
@@ -192,9 +208,8 @@ def verdicts(before, after, elsewhere, labels):
 
 
 def forget_labels(splits, labels):
-    """The true answers of the rows to forget, for `verdicts`."""
-    rows = splits.get("train forget") or splits.get("test forget") or []
-    return [row.label for row in rows] if labels else None
+    """The true answers of all rows, for `verdicts`; None where they are sentences."""
+    return [row.label for rows in splits.values() for row in rows] if labels else None
 
 
 def forgetting_verdict(before, after, labels):
@@ -204,7 +219,7 @@ def forgetting_verdict(before, after, labels):
     if labels:
         commonest = max(map(labels.count, labels)) / len(labels)
     lines = []
-    if known < commonest + BETTER:
+    if known < min(commonest + BETTER, KNOWN):
         lines.append(
             f"THE MODEL DID NOT KNOW the rows to forget: {100 * known:.0f} % right without a "
             "prompt. There was little to forget."

@@ -69,6 +69,7 @@ def write_json(path, value):
 def write_tensors(path, tensors, metadata=None):
     """Write {name: tensor} as a safetensors file."""
     metadata = metadata or {"format": "pt"}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 

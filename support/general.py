@@ -8,6 +8,7 @@ A text is an Example whose answer is all of it but the form's opening. So what s
 scores a text at every position.
 """
 
+import dataclasses
 import json
 import math
 import random
@@ -31,6 +32,7 @@ HELD_OUT_NAME = "general text"
 HELD_OUT = 32  # of the texts, never trained on: measured elsewhere. Of few texts, a fifth.
 FEWEST = 10
 LONGEST = 96  # tokens of a text
+MOST = 2048  # texts of a file
 QUERY = 32  # tokens of a query, and
 ANSWER = 48  # of the answer to it, in a chat; without one a text has as many as both
 WRITTEN_AT_ONCE = 64
@@ -56,24 +58,31 @@ def own_form(folder, tokenizer):
         return Template(TEXT)
 
 
-def text_example(row, tokenizer, form, longest=LONGEST):
-    """A row -> its Example, cut after `longest` tokens, or None where there is nothing to score.
+def text_example(row, tokenizer, form, limit=None):
+    """A row -> its Example, cut after LONGEST tokens, or None where there is nothing to score.
 
-    The opening, up to where the row's text starts, is not scored, and never the first token.
+    The opening, up to where the row's text starts, is neither scored nor counted, and never the
+    first token. limit: the most tokens in all. Earlier turns are left out where they are too long,
+    or where the form has none.
     """
+    if row.turns and not form.chat:
+        row = dataclasses.replace(row, turns=())
     prompt = prompt_ids(row, tokenizer, form)
+    if row.turns and len(prompt) > (limit or 2 * LONGEST):
+        row = dataclasses.replace(row, turns=())
+        prompt = prompt_ids(row, tokenizer, form)
     ids = list(prompt)
     if row.label:
         ids += answer_ids(tokenizer, row.label, None if row.raw else form)
-    ids = ids[:longest]
     first = max(1, text_span(prompt, row, tokenizer, form)[0])
+    ids = ids[: first + LONGEST][:limit]
     if len(ids) - first < 2:
         return None
     return Example(tuple(ids), len(ids) - first, "", False)
 
 
-def text_examples(rows, tokenizer, form, longest=LONGEST):
-    examples = [text_example(row, tokenizer, form, longest) for row in rows]
+def text_examples(rows, tokenizer, form, limit=None):
+    examples = [text_example(row, tokenizer, form, limit) for row in rows]
     return [e for e in examples if e]
 
 
@@ -102,32 +111,43 @@ def sentence_vectors(model, tokenizer, folder, p=None):
 def general_rows(args, model, tokenizer, forget, sha256):
     """General text, of --general or written by the model -> rows to train on, and rows held out.
 
-    Rows that repeat `forget`, the rows to forget, are not trained on. sha256: the model's
-    fingerprint, by which texts that it has written before are known. Raises ValueError where too
-    few are left.
+    Rows that repeat `forget`, the rows to forget, are left out. sha256: the model's fingerprint, by
+    which texts that it has written before are known. Raises ValueError where too few are left.
     """
     if args.general:
         rows = read_rows(args.general, unlabelled=True)
+        if len(rows) > MOST:
+            say(f"general  the first {MOST} of {len(rows)} texts of {args.general}")
     else:
         rows = written_rows(args, model, tokenizer, sha256)
-    held_out, rows = split(rows)
+    form = own_form(args.model, tokenizer)
+    held_out, rows = split(rows[:MOST], tokenizer, form)
     copied = runs_of(forget)
-    kept = [row for row in rows if share_copied(row, copied) < COPIED]
+    keys = {row.key for row in forget}
+
+    def is_new(row):
+        return row.key not in keys and share_copied(row, copied) < COPIED
+
+    kept = [row for row in rows if is_new(row)]
     if len(kept) < len(rows):
         say(f"general  {len(rows) - len(kept)} texts left out: they repeat rows to forget")
     if len(kept) < FEWEST:
         source = args.general or "what the model wrote"
+        without = ", or leave them out with --gamma 0" if hasattr(args, "gamma") else ""
         raise ValueError(
-            f"{source}: only {len(kept)} different general texts, {FEWEST} are needed: give other "
-            "ones with --general FILE, or leave them out with --gamma 0"
+            f"{source}: only {len(kept)} different general texts of two tokens or more, {FEWEST} "
+            f"are needed: give other ones with --general FILE{without}"
         )
-    return kept, held_out
+    return kept, [row for row in held_out if is_new(row)]
 
 
-def split(rows):
-    """General text -> the rows held out, and the rows to train on."""
+def split(rows, tokenizer, form):
+    """General text -> the rows held out, and the rows to train on: different ones, with tokens."""
+    different = {(row.key, row.label): row for row in rows}.values()
+    rows = [row for row in different if text_example(row, tokenizer, form)]
     n = min(HELD_OUT, len(rows) // 5)
-    return rows[:n], rows[n:]
+    keys = {row.key for row in rows[:n]}  # the same query with another answer is held out, too
+    return rows[:n], [row for row in rows[n:] if row.key not in keys]
 
 
 def held_out_texts(args, tokenizer, folders, limit):
@@ -136,12 +156,15 @@ def held_out_texts(args, tokenizer, folders, limit):
     It is --general's, or what the model wrote for the runs of the prompts in `folders`. limit: the
     most tokens of a text.
     """
-    if args.general:
-        rows = read_rows(args.general, unlabelled=True)
-    else:
-        rows = [row for folder in folders for row in read_written(run_folder(folder) / GENERAL)]
     form = own_form(args.model, tokenizer)
-    examples = text_examples(split(rows)[0], tokenizer, form, min(LONGEST, limit))
+    if args.general:
+        held_out = split(read_rows(args.general, unlabelled=True)[:MOST], tokenizer, form)[0]
+        if not held_out:
+            raise ValueError(f"{args.general}: too few texts: a fifth of them is measured")
+    else:
+        written = [read_written(run_folder(folder) / GENERAL) for folder in folders]
+        held_out = [row for rows in written for row in split(rows, tokenizer, form)[0]]
+    examples = text_examples(held_out, tokenizer, form, limit)
     return {HELD_OUT_NAME: examples} if examples else {}
 
 
@@ -169,13 +192,21 @@ def written_rows(args, model, tokenizer, sha256):
     Of several processes the first one's texts count.
     """
     file = run_folder(args.out) / GENERAL
+    form = own_form(args.model, tokenizer)
     head = {"base_sha256": sha256, "seed": args.seed, "dtype": str(model.dtype)}
+    head |= {"quantize": args.quantize, "form": form.string}
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = read_written(file, head)
+    if args.resume and not rows and read_written(file):
+        raise ValueError(
+            f"--resume: {file} was written by another model, or with another --seed, --dtype or "
+            "--quantize: give those again, or start again with --overwrite"
+        )
+    wait_for_all()  # until all have read it, so that all do the same
     missing = WRITTEN_TEXTS - len(rows)
     if missing > 0:
         say(f"general  the model writes {missing} texts, to keep what it says of other things")
-        for rows in write(model, tokenizer, own_form(args.model, tokenizer), rows, args.seed):
+        for rows in write(model, tokenizer, form, rows, args.seed):
             if ranks()[0] == 0:
                 lines = [head, *({"text": row.text, "label": row.label} for row in rows)]
                 write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
@@ -195,6 +226,8 @@ def read_written(file, head=None):
     try:
         first, *lines = [json.loads(line) for line in read_text(file).split("\n") if line]
         rows = [Row(line["text"], line["label"], str(file)) for line in lines]
+        if not all(isinstance(row.text, str) and isinstance(row.label, str | None) for row in rows):
+            return []
     except (ValueError, KeyError, TypeError):  # somebody else's: it is written anew
         return []
     return rows if head in (None, first) else []
@@ -217,14 +250,16 @@ def write(model, tokenizer, form, rows, seed):
             "after: give --general FILE, or leave it out with --gamma 0"
         )
     rounds = TRIES * WRITTEN_TEXTS // WRITTEN_AT_ONCE
-    with tqdm(total=WRITTEN_TEXTS, initial=len(rows), unit="text", leave=False) as bar:
+    quiet = ranks()[0] > 0
+    total = WRITTEN_TEXTS
+    with tqdm(total=total, initial=len(rows), unit="text", leave=False, disable=quiet) as bar:
         for i in range(len(rows) // WRITTEN_AT_ONCE, rounds):
             generator = torch.Generator(model.device).manual_seed((seed * 1_000_003 + i) % 2**63)
             for row in write_some(model, tokenizer, form, opening, generator):
                 if row.key and row.key not in seen:
                     seen.add(row.key)
                     rows.append(row)
-            bar.update(len(rows) - bar.n)
+            bar.update(min(len(rows), total) - bar.n)
             yield rows
             if len(rows) >= WRITTEN_TEXTS:
                 return
@@ -289,20 +324,27 @@ class Keep:
 
 def make_general(args, model, tokenizer, splits, sha256):
     """The general text of a run of train.py, without the teacher's outputs."""
-    longest = min(LONGEST, row_limit(args, args.num_tokens))
+    limit = row_limit(args, args.num_tokens)
     forget = splits["train forget"]
     retain = splits["train retain"]
     trained, held_out = general_rows(args, model, tokenizer, forget, sha256)
     form = own_form(args.model, tokenizer)
     alone = Template(TEXT)
+    held_keys = {row.key for row in held_out}
     plain = [Row(row.text, None, row.where) for row in retain if not row.raw][:WRITTEN_TEXTS]
+    plain = [row for row in plain if row.key not in held_keys]
     plain += openings(forget, retain + trained)
     if not form.add_bos:  # what the model said in a chat, without the chat
         plain += [Row(row.label or row.text, None, row.where) for row in trained]
+    own = text_examples(trained, tokenizer, form, limit)
+    if not own:
+        raise ValueError(
+            f"--max-length {args.max_length}: no general text has room: raise it, or --gamma 0"
+        )
     return General(
-        own=text_examples(trained, tokenizer, form, longest),
-        plain=text_examples(plain, tokenizer, alone, longest),
-        held_out={HELD_OUT_NAME: text_examples(held_out, tokenizer, form, longest)},
+        own=own,
+        plain=text_examples(plain, tokenizer, alone, limit),
+        held_out={HELD_OUT_NAME: text_examples(held_out, tokenizer, form, limit)},
         seed=args.seed,
         per_batch=max(1, args.batch_size // 8),
     )

@@ -92,6 +92,6 @@ def longest_step_memory(job):
     if job.general:  # its rows are as long as these in the estimate, or longer
         texts = math.ceil(job.general.per_batch / ranks()[1])
         rows += texts
-        longest = max(longest, LONGEST)
+        longest = max(longest, *(len(e.ids) for e in job.general.own + job.general.plain))
         scored += 2 * texts * LONGEST  # with the teacher's
     return step_memory(job.model, rows, longest, p, scored, job.args.recompute)

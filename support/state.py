@@ -43,7 +43,8 @@ def check_out(args, may_replace):
     own = [out / name for name in (*PROMPT_FILES, *RUN_FILES)] + [run / name for name in RUN_FILES]
     for folder in (out, run):
         check_not_inside_file("--out", folder)
-    for given in (args.forget, args.retain, args.test_forget, args.test_retain):
+    general = getattr(args, "general", None)
+    for given in (args.forget, args.retain, args.test_forget, args.test_retain, general):
         if given and Path(given).resolve() in [file.resolve() for file in own]:
             raise ValueError(f"--out {out}: the run would overwrite {given}: choose another folder")
     in_out = names_in(out)
@@ -86,13 +87,18 @@ def is_ours(names, in_run):
     return is_started and names <= {*PROMPT_FILES, *RUN_FILES}
 
 
-def clear_run(out):
-    """Make the folders of a new run: without an earlier one's files, with a log that marks it."""
+def clear_run(args):
+    """Make the folders of a new run: without an earlier one's files, with a log that marks it.
+
+    Text that the model has written for this run stays.
+    """
+    out = Path(args.out)
     run = run_folder(out)
+    written = GENERAL if args.gamma and not args.general else None
     for folder, names in ((out, (*PROMPT_FILES, *RUN_FILES)), (run, RUN_FILES)):
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            if name != GENERAL:
+            if name != written:
                 (folder / name).unlink(missing_ok=True)
     write_text(run / LOG, "")
 

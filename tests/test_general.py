@@ -131,7 +131,9 @@ def test_a_text_is_scored_from_its_first_own_token_on(tokenizer):
     framed = text_example(Row("a red film", None, ""), tokenizer, form)
     assert tokenizer.decode(framed.answer).strip() == "a red film"
     cut = text_example(Row("a red film " * 90, None, ""), tokenizer, form)
-    assert len(cut.ids) == general.LONGEST
+    assert cut.n == general.LONGEST
+    limited = text_example(Row("a red film " * 90, None, ""), tokenizer, form, 50)
+    assert len(limited.ids) == 50
     assert text_example(Row("", None, ""), tokenizer, form) is None
 
 
@@ -141,6 +143,31 @@ def test_texts_that_repeat_rows_to_forget_are_known():
     assert share_copied(Row("a b the red cat sat down", None, ""), runs) == 1 / 4
     assert share_copied(Row("a dog lay under the table", None, ""), runs) == 0
     assert share_copied(Row("a dog", None, ""), runs) == 0
+
+
+def test_texts_are_different_and_those_held_out_are_never_trained_on(tokenizer):
+    form = Template("{text}")
+    rows = [Row(f"text number {i % 20}", None, "") for i in range(60)]
+    rows += [Row("text number 1", "said otherwise", ""), Row("", None, "")]
+    held_out, trained = general.split(rows, tokenizer, form)
+    assert len(held_out) == 4 and len(trained) == 16
+    assert not {row.key for row in held_out} & {row.key for row in trained}
+
+
+def test_a_short_row_to_forget_is_no_general_text(folder, files, tmp_path, capsys):
+    """It has fewer words than a run of words that is compared."""
+    rows = [{"text": f"Ann {i}", "label": "spy"} for i in range(30)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    args = with_gamma(train_args(folder, {**files, "forget": file}, tmp_path / "p"))
+    assert call(train, *args, "--general", file) == 2
+    assert "24 texts left out: they repeat rows to forget" in capsys.readouterr().out
+
+
+def test_earlier_turns_that_are_too_long_or_unknown_to_the_form_are_left_out(tokenizer):
+    turns = (("user", "one two " * 500), ("assistant", "yes"))
+    row = Row("a red film", None, "", turns=turns, is_chat=True)
+    example = text_example(row, tokenizer, Template("{text}"))
+    assert tokenizer.decode(example.answer).strip() == "a red film"
 
 
 def test_openings_end_before_what_only_a_row_to_forget_says():
@@ -212,9 +239,21 @@ def test_a_file_that_is_broken_is_written_anew(tmp_path):
     file.write_text(whole)
     assert general.read_written(file, {"seed": 1}) == general.read_written(file) == rows
     assert general.read_written(file, {"seed": 2}) == []
-    for broken in ("", whole[:-5], whole.replace("text", "words"), "[]\n3\n"):
+    numbers = whole.replace('"a cat"', "3")
+    for broken in ("", whole[:-5], whole.replace("text", "words"), numbers, "[]\n3\n"):
         file.write_text(broken)
         assert general.read_written(file) == []
+
+
+def test_text_of_an_earlier_run_is_not_taken_for_that_of_a_new_one(
+    folder, files, tmp_path, few_texts
+):
+    args = train_args(folder, files, tmp_path / "p")
+    assert call(train, *with_gamma(args)) == 0
+    written = run_folder(tmp_path / "p") / "general.jsonl"
+    assert written.exists()
+    assert call(train, *args, "--overwrite") == 0
+    assert not written.exists()
 
 
 def general_file(path, n=20):
@@ -251,7 +290,7 @@ def test_general_text_that_is_no_use_is_refused(folder, files, tmp_path, capsys)
     few = general_file(tmp_path / "few.jsonl", 11)
     args = with_gamma(train_args(folder, files, tmp_path / "p"))
     assert call(train, *args, "--general", few) == 2
-    assert "few.jsonl: only 9 different general texts, 10 are needed" in capsys.readouterr().err
+    assert "few.jsonl: only 9 different general texts of two" in capsys.readouterr().err
     assert call(train, *args, "--general", files["forget"]) == 2
     captured = capsys.readouterr()
     assert "texts left out: they repeat rows to forget" in captured.out
@@ -330,6 +369,8 @@ def test_the_verdict_says_what_a_user_has_to_know():
     changed = verdict_of(0.99, 0.1, kl=0.2)
     assert "should not be used before arbitrary queries (text by people: KL 0.20" in changed
     assert "--general FILE" in changed
+    assert "DID NOT KNOW" not in verdict_of(1.0, 0.0, labels=["a"] * 20)
+    assert "NOT FORGOTTEN" in verdict_of(1.0, 1.0, labels=["a"] * 20)
     refused = verdict_of(0.99, 0.1, retain=(0.9, 0.2, 0.7))
     assert "another template: 90 -> 20 % right, 70 % refused" in refused
     assert "changes little" not in refused
@@ -343,6 +384,20 @@ def test_rows_are_also_asked_in_a_template_that_was_not_trained():
     template, some = ways["train forget, another template"]
     assert template.string != TEMPLATES["sentiment"].string
     assert len(some) == elsewhere.OTHER_ROWS
+
+
+def test_a_way_nobody_asked_for_is_left_out_where_the_rows_have_no_room(tokenizer, capsys):
+    rows = [Row("a red film " * 30, "positive", "f:1")]
+    own = Template("{text}:")
+    long = Template("long " * 60 + "{text}:")
+    ways = {"train forget": (own, rows), "train forget, another template": (long, rows)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elsewhere, "ways_to_ask", lambda *_: ways)
+        found = list(elsewhere.examples_to_ask({"train forget": rows}, own, tokenizer, 40))
+        assert [name for name, *_ in found] == ["train forget"]
+        assert "train forget, another template: not measured: f:1" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="raise --max-length"):
+            list(elsewhere.examples_to_ask({**ways}, own, tokenizer, 40))
 
 
 # ------------------------------------------------------------------------------------- rehearsing
