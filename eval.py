@@ -23,7 +23,7 @@ from data import Row, answer_ids, generic_ids, prompt_ids
 from spul import answer_hidden, load_prompt
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
-from support.elsewhere import elsewhere_table, examples_to_ask, forget_labels, measure_elsewhere
+from support.elsewhere import elsewhere_table, examples_to_ask, true_labels, measure_elsewhere
 from support.elsewhere import texts_elsewhere, verdicts
 from support.files import check_json_path
 from support.general import held_out_texts
@@ -305,7 +305,7 @@ def table_command(args, model, tokenizer, phi, info, splits):
     report(args, model, info, before, after, elsewhere=elsewhere)
     print(elsewhere_table(elsewhere))
     if phi is not None:
-        print("\n".join(verdicts(before, after, elsewhere, forget_labels(splits, labels))))
+        print("\n".join(verdicts(before, after, elsewhere, true_labels(splits, labels))))
 
 
 def main(argv=None):

@@ -33,7 +33,7 @@ from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, sav
 from support.checks import check_generic, read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
 from support.cli import number, read_splits, run, use_demo
-from support.elsewhere import elsewhere_table, examples_to_ask, forget_labels, measure_elsewhere
+from support.elsewhere import elsewhere_table, examples_to_ask, true_labels, measure_elsewhere
 from support.elsewhere import texts_elsewhere, verdicts
 from support.general import make_general, sentence_vectors
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
@@ -510,7 +510,7 @@ def finish(job, before):
     }
     save_prompt(out, phi, job.model.config, info)
     (run / STATE).unlink(missing_ok=True)
-    print("\n".join(verdicts(before, after, elsewhere, forget_labels(job.rows, job.labels))))
+    print("\n".join(verdicts(before, after, elsewhere, true_labels(job.rows, job.labels))))
     print(
         f"prompt in {out}. The weights have not changed: without the prompt all of it is back."
     )

@@ -207,7 +207,7 @@ def verdicts(before, after, elsewhere, labels):
     return lines
 
 
-def forget_labels(splits, labels):
+def true_labels(splits, labels):
     """The true answers of all rows, for `verdicts`; None where they are sentences."""
     return [row.label for rows in splits.values() for row in rows] if labels else None
 
