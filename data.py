@@ -13,6 +13,7 @@ both kinds of tokenizer write a word inside a line: " positive".
 Letters: B rows, T tokens of the longest, n answer tokens of a row, N answer tokens of a batch.
 """
 
+import math
 import os.path
 import random
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ import torch
 from support.rows import check_labelled, normalised, read_fields
 
 TEXT = "{text}"
+WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
+BETWEEN = "\n\n"  # one row's answer and the next row, where two are asked in one query
 
 
 # --------------------------------------------------------------------------------------- templates
@@ -51,12 +54,18 @@ class Template:
 
     def around(self, row):
         """The parts before and after a row's text, for Tokenizer.encode_parts."""
-        if row.turns and not self.chat:
+        if row.is_chat and row.turns and not self.chat:
             raise ValueError(f"{row.where}: a row of several turns needs --template chat")
-        if row.turns:
+        if row.turns and self.chat:
             return self.chat.around(row.turns)
         before, after = self.string.split(TEXT)
-        return [(before, True)], [(after, True)]
+        parts = []
+        for role, said in row.turns:
+            if role == "user":
+                parts += [(before, True), (said, False), (after + self.space, True)]
+            else:
+                parts += [(said, False), (BETWEEN, True)]
+        return [*parts, (before, True)], [(after, True)]
 
 
 TEMPLATES = {
@@ -84,7 +93,7 @@ class Row:
     forget: bool = None  # the row's own flag, if it has one
     paraphrase: str = None  # the answer in other words, if the row has it
     wrong: tuple = ()  # wrong answers of the same form
-    turns: tuple = ()  # (role, content) of what is said before the text
+    turns: tuple = ()  # (role, content) of what is said before the text: a chat's, or another row
     is_chat: bool = False  # given as messages
 
     @property
@@ -323,28 +332,62 @@ def by_length(examples, batch_size):
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=None):
+def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=None, ways=1):
     """One epoch's batches of indices: shuffled, rows of similar length together.
 
-    forget_per_batch None: every row once, forget and retain mixed (the released code). K: every
-    retain row once, and in each batch K forget rows, which come round as often as needed.
+    forget_per_batch None: every row once, forget and retain mixed by chance (the released code).
+    "share": every row once, and each batch has its share of both sides. K: every retain row once,
+    and in each batch K forget rows, which come round as often as needed.
+    ways: examples holds the rows so many times, each time asked otherwise. A batch is of one way,
+    every second one of the first.
     """
     rng = random.Random(f"order {seed} {epoch}")
-    forget = [i for i, e in enumerate(examples) if e.forget]
-    retain = [i for i, e in enumerate(examples) if not e.forget]
-    k = forget_per_batch or 0
-    pool = retain if k else forget + retain
-    rng.shuffle(pool)
-    size = batch_size - k
-    batches = []
-    for start in range(0, len(pool), 50 * size):  # sort within 50 batches, as group_by_length does
-        window = pool[start : start + 50 * size]
-        window.sort(key=lambda i: len(examples[i].ids))
-        batches += [window[i : i + size] for i in range(0, len(window), size)]
+    rows = len(examples) // ways
+    forget = [i for i, e in enumerate(examples[:rows]) if e.forget]
+    retain = [i for i, e in enumerate(examples[:rows]) if not e.forget]
+    if forget_per_batch == "share":
+        batches = shared_out(forget, retain, batch_size, examples, rng)
+    else:
+        k = forget_per_batch or 0
+        pool = retain if k else forget + retain
+        rng.shuffle(pool)
+        size = batch_size - k
+        pool = sort_in_windows(pool, range(0, len(pool), WINDOW * size), examples)
+        batches = [pool[i : i + size] for i in range(0, len(pool), size)]
     rng.shuffle(batches)
-    if k:
+    if forget_per_batch and forget_per_batch != "share":
         add_forget_rows(batches, forget, k, rng)
+    if ways > 1:
+        for n, batch in enumerate(batches):
+            way = rng.randrange(1, ways) if n % 2 else 0
+            batch[:] = [i + way * rows for i in batch]
     return batches
+
+
+def sort_in_windows(indices, starts, examples):
+    """The indices, from each start to the next in the order of their examples' lengths."""
+    ordered = []
+    for start, end in zip(starts, [*starts[1:], len(indices)]):
+        ordered += sorted(indices[start:end], key=lambda i: len(examples[i].ids))
+    return ordered
+
+
+def shared_out(forget, retain, batch_size, examples, rng):
+    """Batches that each have their share of both sides.
+
+    So L_f is a mean over as many rows in every step, and no batch is of one side's long rows alone.
+    """
+    n = len(forget) + len(retain)
+    count = math.ceil(n / batch_size)
+    all_ends = [n * i // count for i in range(count + 1)]
+    forget_ends = [len(forget) * i // count for i in range(count + 1)]
+    retain_ends = [end - end_f for end, end_f in zip(all_ends, forget_ends)]
+    sides = []
+    for side, ends in ((forget, forget_ends), (retain, retain_ends)):
+        side = rng.sample(side, len(side))
+        side = sort_in_windows(side, ends[:-1:WINDOW], examples)
+        sides.append([side[start:end] for start, end in zip(ends, ends[1:])])
+    return [part_f + part_r for part_f, part_r in zip(*sides)]
 
 
 def add_forget_rows(batches, forget, k, rng):

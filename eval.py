@@ -289,7 +289,8 @@ def table_command(args, model, tokenizer, phi, info, splits):
     labels = label_set(all_rows, tokenizer, generic, template)
     before = {}
     after = {}
-    for name, examples, cut in examples_to_ask(splits, template, tokenizer, limit):
+    answers = generic or ["unknown"]
+    for name, examples, cut in examples_to_ask(splits, template, answers, tokenizer, limit):
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
         longest = max(len(e.ids) for e in examples)
@@ -328,6 +329,8 @@ def main(argv=None):
         raise ValueError(
             "nothing to measure: give --forget, --retain, --test-forget, --test-retain or --ask"
         )
+    if args.ask is not None and (args.general or args.json):
+        raise ValueError("--ask shows the answers to one text: leave out --general and --json")
     check_required(args, "model")
     check_json_path(args.json)
     config = read_config(args.model)

@@ -24,6 +24,7 @@ from data import Row, Template, collate, epoch_batches, make_example, make_examp
 from fast import FastLlama
 from model import Llama
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
+from support.options import make_parser
 from support.rows import parse_row
 from support.general import SENTENCE
 from support.identity import fingerprint
@@ -33,7 +34,7 @@ from tests.helpers import BOTH, SHAPES, concatenated, logged, make_rows, phi_of,
 from tests.helpers import small_batch, teacher_of, tiny, tokens_of, vectors
 
 SENTIMENT = data.TEMPLATES["sentiment"]
-LR = train.make_parser().get_default("lr")
+LR = make_parser().get_default("lr")
 
 
 # --------------------------------------------------------------------------------- the forward pass
@@ -571,7 +572,7 @@ def test_train_step_does_what_the_command_does(kind, folder, files, trained):
     start = table[[*tok.bos, *tok.encode_inside(SENTENCE)][:4]]
     prompt = SoftPrompt(4, 32, 8, start)
     optimizer = train.make_optimizer(prompt, LR)
-    plan = [batch for epoch in range(2) for batch in epoch_batches(examples, 8, 0, epoch)]
+    plan = [batch for epoch in range(2) for batch in epoch_batches(examples, 8, 0, epoch, "share")]
     for step, indices in enumerate(plan):
         optimizer.param_groups[0]["lr"] = train.learning_rate(step, len(plan), LR)
         teacher = torch.cat([hidden[i - len(forget)] for i in indices if i >= len(forget)])

@@ -27,17 +27,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import collate, common_prefix, epoch_batches, make_examples
+from data import collate, common_prefix, epoch_batches, make_examples, read_rows
 from eval import label_set, measure
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
-from support.checks import check_generic, read_generic
-from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
-from support.cli import number, read_splits, run, use_demo
+from support.asking import training_ways, understood
+from support.checks import check_generic
+from support.cli import DEMO, read_splits, run
 from support.elsewhere import elsewhere_table, examples_to_ask, true_labels, measure_elsewhere
 from support.elsewhere import texts_elsewhere, verdicts
 from support.general import make_general, sentence_vectors
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
+from support.options import parse
 from support.plan import DEMO_PLAN, print_plan
 from support.processes import any_process, join_group, own_share, ranks, say, shard
 from support.processes import sum_over_processes
@@ -47,7 +48,7 @@ from support.state import LOG, STATE, check_out, check_same_run, clear_run, cut_
 from support.state import flat, likely_cause, load_state, read_run, run_folder, save_state
 from support.state import stopped_message
 from support.tables import table
-from support.templates import choose_template, template_to_json
+from support.templates import choose_template, read_template, template_to_json
 
 # The optimizer of the released code: AdamW, weight decay 1e-3, the gradient's norm clipped at 0.3,
 # a learning rate that rises over the first tenth of the steps, then falls to 0 along half a cosine.
@@ -60,33 +61,16 @@ SAVE_EVERY = 50  # steps: what a kill can cost
 OBJECTIVE = [field.name for field in dataclasses.fields(Objective)]
 RUN_OPTIONS = """
     num_tokens init encoder_hidden generic lr epochs batch_size forget_per_batch max_length
-    template seed quantize plain
+    template more_templates rewordings single seed quantize plain
 """.split()
-
-# The paper's own setting, for --paper.
-PAPER = {
-    "num_tokens": 30,
-    "init": "random",
-    "encoder_hidden": 128,  # released code
-    "alpha": 1.0,
-    "beta": 0.5,
-    "gamma": 0.0,
-    "kl_position": "aligned",
-    "generic": "neutral,unknown",
-    "lr": 1e-4,
-    "epochs": 10,
-    "batch_size": 32,
-    "forget_per_batch": None,
-    "max_length": 1024,
-}
 
 
 # ---------------------------------------------------------------------------------------- one step
 
 
-# To add a term: compute it in `losses`, and give its weight a field of Objective and an option of
-# the same name in make_parser. The log and --resume follow. A term is a sum over the batch's own
-# rows, divided by batch.n_f or batch.n_r, which count those of all processes.
+# To add a term: compute it in `losses`, and give its weight a field of Objective, and an option of
+# the same name in support/options.py. The log and --resume follow. A term is a sum over the batch's
+# own rows, divided by batch.n_f or batch.n_r, which count those of all processes.
 
 
 def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep=None):
@@ -201,7 +185,6 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
     rank, _ = ranks()
     if rank == 0:
         cut_log(out / LOG, start)
-    shared_ids = common_prefix(examples)
     bar = tqdm(total=len(steps), initial=start, unit="step", desc="forgetting", disable=rank > 0)
     log = open(os.devnull if rank else out / LOG, "a")
 
@@ -216,6 +199,7 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
             epoch, indices = steps[step]
             mine, is_surplus = own_share(indices)
             own_rows = [examples[i] for i in mine]
+            shared_ids = common_prefix([examples[i] for i in indices])
             n_f = sum(examples[i].forget for i in indices)
             n_r = len(indices) - n_f
             if is_surplus:  # infinite counts make all losses 0
@@ -256,86 +240,6 @@ def teacher_of(indices, examples, teacher, model):
     return torch.cat([none, *(teacher[i] for i in indices if not examples[i].forget)])
 
 
-# ------------------------------------------------------------------------------------- the options
-
-
-def make_parser():
-    parser = Parser(__doc__)
-    add_options(parser, batch_size=16)
-    add = parser.add_argument_group("the prompt and its loss").add_argument
-    add("--num-tokens", type=number(int, 1), default=30, metavar="P",
-        help="prompt vectors p (default 30, where the paper forgets best)")
-    add("--init", choices=["sentence", "random"], default="sentence",
-        help="where the vectors begin (default sentence: the embeddings of a harmless one, after "
-        "what the model always sees first; paper random)")
-    add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
-        help="encoder width (default 128, released code); 0: free vectors")
-    add("--alpha", type=number(float, 0), default=Objective.alpha,
-        help="weight of L_r (default 1, paper)")
-    add("--beta", type=number(float, 0), default=Objective.beta,
-        help="weight of L_kl (default 0.5, paper)")
-    add("--gamma", type=number(float, 0), default=Objective.gamma,
-        help="weight of L_keep (default 1); 0, paper: no such term, and other text changes")
-    add("--general", type=non_empty, metavar="FILE",
-        help="general text for L_keep, rows of any kind (default: the model writes it itself)")
-    add("--kl-position", choices=["aligned", "after-label"], default="aligned",
-        help="where L_kl compares: at the position that predicts an answer token (aligned), or one "
-        "later, as the released code does (after-label)")
-    add("--generic", default="unknown", metavar="A,B|FILE",
-        help="answers for forgotten rows, one drawn for each (default unknown; paper "
-        "neutral,unknown, which learns more slowly); in a file each line is one")
-    add("--write-retain", type=number(int, 1), default=256, metavar="N",
-        help="without --retain: how many texts the model writes as retain rows (default 256)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--paper", action="store_true",
-        help="the paper's setting as a whole; options given beside it still count")
-    add("--lr", type=number(float, 0, above=True), default=1e-2,
-        help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
-    add("--epochs", type=number(int, 1),
-        help="passes over the rows (default 10, paper; the demo needs 4)")
-    add("--forget-per-batch", type=number_or_natural, metavar="K",
-        help="forget rows in every batch; natural (default, paper): all rows once, shuffled")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="seed of all random choices (default 0)")
-    add("--out", type=non_empty, metavar="DIR",
-        help="the prompt's folder (default prompt; for the demo demo/prompt)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add = add_layer_options(parser).add_argument
-    add("--shard", action="store_true",
-        help="with torchrun: each process keeps a part of the weights")
-    return parser
-
-
-def number_or_natural(text):
-    return None if text == "natural" else number(int, 1)(text)
-
-
-def parse(argv):
-    """The options -> args, and whether this is the demo. Nothing is read but small text files."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.paper:
-        parser.set_defaults(**PAPER)
-        args = parser.parse_args(argv)
-    is_demo = use_demo(args)
-    check_required(args, "model", "forget")
-    args.out = args.out or (str(DEMO / "prompt") if is_demo else "prompt")
-    args.epochs = args.epochs or (4 if is_demo else 10)
-    args.generic = read_generic(args.generic)
-    if args.forget_per_batch and args.forget_per_batch >= args.batch_size:
-        raise ValueError(
-            f"--forget-per-batch {args.forget_per_batch} leaves no room in --batch-size "
-            f"{args.batch_size}"
-        )
-    if args.general and not args.gamma:
-        raise ValueError("--general: the text of L_keep, which --gamma 0 leaves out")
-    if args.shard and (args.quantize or args.compile):
-        raise ValueError("--shard goes with neither --quantize nor --compile")
-    return args, is_demo
-
-
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -348,7 +252,8 @@ class Job:
     tokenizer: object
     rows: dict  # of each split
     measured: dict  # of each split, Examples with the true answers
-    examples: list  # trained on: forget rows with a generic answer, then retain rows
+    examples: list  # trained on: forget rows with a generic answer, then retain rows; in each way
+    ways: int  # in which they are asked
     labels: dict  # {answer: ids} of the label set, or None
     prompt: SoftPrompt
     plan: list
@@ -366,7 +271,10 @@ def read_data(args):
     for rows in splits.values():
         check_generic(rows, args.generic)
     check_rows(splits)
+    if args.general:
+        read_rows(args.general, unlabelled=True)  # what is wrong with it is found before all else
     args.template = choose_template(args, [row for rows in splits.values() for row in rows])
+    args.more_templates = [read_template(value, args.model) for value in args.more_templates]
     if "train retain" not in splits:
         if ranks()[1] > 1:
             raise ValueError("--retain FILE is missing: only a single process writes a retain set")
@@ -393,15 +301,11 @@ def prepare(args, splits, mode, change=None):
     limit = row_limit(args, args.num_tokens)
     measured = {}
     cut = 0
-    for name, found, n in examples_to_ask(splits, args.template, tokenizer, limit):
+    ask = (splits, args.template, args.generic, tokenizer, limit)
+    for name, found, n in examples_to_ask(*ask):
         measured[name] = found
         cut += n if name in ("train forget", "train retain") else 0
-    rng = random.Random(f"generic {args.seed}")
-    forget_rows = splits["train forget"]
-    forget, _ = make_examples(
-        forget_rows, tokenizer, args.template, limit, True, args.generic, rng
-    )
-    examples = forget + measured["train retain"]
+    examples, ways = training_examples(args, splits, model, tokenizer)
 
     data = [examples, asked if written else None]
     general = None
@@ -422,10 +326,13 @@ def prepare(args, splits, mode, change=None):
         rows=splits,
         measured=measured,
         examples=examples,
+        ways=ways,
         labels=label_set(all_rows, tokenizer, args.generic, args.template),
         prompt=prompt.to(model.device),
         plan=[
-            epoch_batches(examples, args.batch_size, args.seed, epoch, args.forget_per_batch)
+            epoch_batches(
+                examples, args.batch_size, args.seed, epoch, args.forget_per_batch, ways
+            )
             for epoch in range(args.epochs)
         ],
         objective=Objective(**{name: getattr(args, name) for name in OBJECTIVE}),
@@ -441,6 +348,19 @@ def prepare(args, splits, mode, change=None):
         earlier = read_run(run_folder(args.out))[1]
         check_same_run(args.out, flat(earlier), flat(job.description))
     return job
+
+
+def training_examples(args, splits, model, tokenizer):
+    """The rows to train on, asked in each way -> Examples, and the number of ways."""
+    limit = row_limit(args, args.num_tokens)
+    ways = training_ways(args, splits["train forget"], splits["train retain"])
+    ways = understood(ways, model, tokenizer, limit, args.batch_size)
+    examples = []
+    for template, forget, retain in ways:
+        rng = random.Random(f"generic {args.seed}")  # a row has the same answer in all ways
+        examples += make_examples(forget, tokenizer, template, limit, True, args.generic, rng)[0]
+        examples += make_examples(retain, tokenizer, template, limit)[0]
+    return examples, len(ways)
 
 
 def measure_splits(job, phi=None, known=None):
@@ -462,17 +382,20 @@ def measure_splits(job, phi=None, known=None):
 
 def measure_before(job):
     """Without the prompt: {split: what is measured}, and {index: (n, d)}, the teacher's outputs."""
-    retain = job.measured["train retain"]
-    hidden = answer_hidden(job.model, retain, batch_size=job.args.batch_size)
-    before = measure_splits(job, known={"train retain": hidden})
-    if job.objective.kl_shift:
-        hidden = answer_hidden(
-            job.model, retain, shift=job.objective.kl_shift, batch_size=job.args.batch_size
-        )
-    first = len(job.examples) - len(retain)
+    retain = [i for i, e in enumerate(job.examples) if not e.forget]
+    hidden = answer_hidden(
+        job.model,
+        [job.examples[i] for i in retain],
+        shift=job.objective.kl_shift,
+        batch_size=job.args.batch_size,
+    )
+    known = {}
+    if job.objective.kl_shift == 0:  # those asked in the first way come first
+        known["train retain"] = hidden[: len(job.measured["train retain"])]
+    before = measure_splits(job, known=known)
     if job.general:
         job.general.compute_teacher(job.model, job.args.batch_size)
-    return before, dict(enumerate(hidden, start=first))
+    return before, dict(zip(retain, hidden))
 
 
 def finish(job, before):
@@ -522,7 +445,7 @@ def main(argv=None, change=None):
     change (extras/robust.py): an object with `options`, added to the run's description, and
     `reader(model, tokenizer, examples, seed)`, which returns the `read` of `fit`.
     """
-    args, is_demo = parse(argv)
+    args, is_demo = parse(argv, __doc__)
     args.device = join_group(choose_device(args))
     if is_demo:
         say(DEMO_PLAN)

@@ -41,7 +41,7 @@ from extras.robust import neighbours, non_text_ids, semantic, text_ids
 from spul import SoftPrompt, answer_hidden
 from support.files import weight_files
 from support.tables import COSTS, costs
-from support.templates import in_other_chats, reworded
+from support.asking import in_other_chats, reworded
 from train import make_optimizer, train_step
 
 SAMPLES = 8

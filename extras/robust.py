@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import train
 from support.cli import Parser, number, run
+from support.options import make_parser
 from support.processes import gather_full, ranks
 
 STRENGTHS = {"noise": 0.3, "adversarial": 0.3, "semantic": 0.2}  # defaults
@@ -186,8 +187,7 @@ def parse(argv):
 
     Raises ValueError for any option that is wrong; --help ends the command.
     """
-    parser = train.make_parser()
-    parser.description = __doc__
+    parser = make_parser(__doc__)
     add_corruption_options(parser)
     parser.parse_args(argv)  # --help shows all options
 

@@ -63,8 +63,11 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-def add_options(parser, data=True, batch_size=32):
-    """The options that several commands share; with data also the four files of rows."""
+def add_options(parser, data=True, batch_size=32, several=False):
+    """The options that several commands share; with data also the four files of rows.
+
+    several: --template may come several times.
+    """
     title = "model and data (default: the bundled demo)" if data else "model and data"
     group = parser.add_argument_group(title)
     folder = "Hugging Face model folder: config.json, safetensors, tokenizer"
@@ -81,7 +84,10 @@ def add_options(parser, data=True, batch_size=32):
         "sentiment (default), question, chat (the model's own; the default for messages), a string "
         "with {text}, or a file"
     )
-    group.add_argument("--template", type=non_empty, metavar="T", help=templates)
+    if several:
+        templates += "; again for further ones to train in"
+    action = "append" if several else "store"
+    group.add_argument("--template", type=non_empty, metavar="T", action=action, help=templates)
     system = "system message of a chat (default: the chat template's own)"
     group.add_argument("--system", metavar="TEXT", help=system)
     longest = "most tokens in a row, prompt vectors not counted; longer texts are cut (1024, paper)"

@@ -4,6 +4,7 @@ Letters: p prompt tokens, d width, V vocabulary, n scored tokens of a text.
 """
 
 import math
+import random
 from pathlib import Path
 
 import torch
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 
 from data import TEXT, Template, make_examples, read_rows
 from spul import answer_hidden
+from support.asking import after_another, in_other_chats, reworded, spread
 from support.general import own_form, sentence_vectors, text_examples
 from support.processes import say
-from support.templates import in_other_chats, reworded
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
@@ -32,16 +33,17 @@ REMEDY = (
 # --------------------------------------------------------------------------------------- measuring
 
 
-def ways_to_ask(splits, template):
+def ways_to_ask(splits, template, generic):
     """{name: (template, rows)}: each split, and where nobody trained: some rows asked otherwise.
 
-    These are train rows, if there are any: in another template, or in other chats.
+    These are train rows, if there are any: in another template, or in other chats, and after a row
+    of the other side with its answer, a generic one where that is to be forgotten.
     """
     ways = {}
     for name, rows in splits.items():
         ways[name] = (template, rows)
         is_asked_otherwise = name.startswith("train") or not any("train" in s for s in splits)
-        part = [row for row in rows if not row.raw][:OTHER_ROWS]
+        part = spread([row for row in rows if not row.raw], OTHER_ROWS)
         if not part or not is_asked_otherwise:
             continue
         if template.chat:
@@ -50,16 +52,25 @@ def ways_to_ask(splits, template):
         for other in reworded(template)[:1]:
             if not template.chat and other.space == template.space:  # the same ids of answers
                 ways[f"{name}, another template"] = (other, part)
+        own, side = ("forget", "retain") if "forget" in name else ("retain", "forget")
+        others = splits.get(name.replace(own, side))
+        if others:
+            rng = random.Random(name)
+            answers = generic if side == "forget" else None
+            ways[f"{name}, after a {side} row"] = (
+                template,
+                after_another(part, others, rng, answers),
+            )
     return ways
 
 
-def examples_to_ask(splits, template, tokenizer, limit):
+def examples_to_ask(splits, template, generic, tokenizer, limit):
     """Yield (name, Examples, how many texts were cut) of `ways_to_ask`.
 
     A way that nobody asked for is left out where the rows have no room in it, or where the chat
     template refuses it.
     """
-    for name, (asked_in, rows) in ways_to_ask(splits, template).items():
+    for name, (asked_in, rows) in ways_to_ask(splits, template, generic).items():
         try:
             yield name, *make_examples(rows, tokenizer, asked_in, limit)
         except ValueError as e:
@@ -184,6 +195,7 @@ def verdicts(before, after, elsewhere, labels):
     name = next((split for split in ("train forget", "test forget") if split in after), None)
     if name:
         lines += forgetting_verdict(before[name], after[name], labels)
+        lines += otherwise_verdict(before, after)
     reasons = []
     for what, result in elsewhere.items():
         if result["kl"] > CLEARLY * result["sentence_kl"]:
@@ -192,7 +204,7 @@ def verdicts(before, after, elsewhere, labels):
                 f"{result['sentence_kl']:.2f}"
             )
     for split in after:
-        if ", " in split and "retain" in split:
+        if ", " in split and split.split()[1].startswith("retain"):
             reasons += template_reason(split, before[split], after[split])
     if reasons:
         lines.append(
@@ -213,8 +225,8 @@ def true_labels(splits, labels):
 
 
 def forgetting_verdict(before, after, labels):
-    known = before.get("rouge_l", before["accuracy"])
-    left = after.get("rouge_l", after["accuracy"])
+    known = right(before)
+    left = right(after)
     commonest = 0.0
     if labels:
         commonest = max(map(labels.count, labels)) / len(labels)
@@ -232,10 +244,26 @@ def forgetting_verdict(before, after, labels):
     return lines
 
 
+def otherwise_verdict(before, after):
+    """Whether rows to forget come back where they are asked otherwise than in training."""
+    back = []
+    for split in after:
+        known = right(before[split])
+        left = right(after[split])
+        if "forget, " in split and left > FORGOTTEN * known:
+            back.append(f"{split}: {100 * known:.0f} -> {100 * left:.0f} % right")
+    if not back:
+        return []
+    return [f"ASKED OTHERWISE, rows to forget come back ({'; '.join(back)})."]
+
+
+def right(measured):
+    return measured.get("rouge_l", measured["accuracy"])
+
+
 def template_reason(split, before, after):
-    name = "accuracy" if "rouge_l" not in before else "rouge_l"
-    if after[name] >= KEPT * before[name]:
+    if right(after) >= KEPT * right(before):
         return []
     refused = after.get("generic", 0.0) - before.get("generic", 0.0)
-    what = f"{split}: {100 * before[name]:.0f} -> {100 * after[name]:.0f} % right"
+    what = f"{split}: {100 * right(before):.0f} -> {100 * right(after):.0f} % right"
     return [what + (f", {100 * refused:.0f} % refused" if refused > 0.01 else "")]

@@ -195,7 +195,6 @@ def written_rows(args, model, tokenizer, sha256):
     form = own_form(args.model, tokenizer)
     head = {"base_sha256": sha256, "seed": args.seed, "dtype": str(model.dtype)}
     head |= {"quantize": args.quantize, "form": form.string}
-    file.parent.mkdir(parents=True, exist_ok=True)
     rows = read_written(file, head)
     if args.resume and not rows and read_written(file):
         raise ValueError(
@@ -208,6 +207,7 @@ def written_rows(args, model, tokenizer, sha256):
         say(f"general  the model writes {missing} texts, to keep what it says of other things")
         for rows in write(model, tokenizer, form, rows, args.seed):
             if ranks()[0] == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
                 lines = [head, *({"text": row.text, "label": row.label} for row in rows)]
                 write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
         wait_for_all()

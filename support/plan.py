@@ -38,10 +38,12 @@ def plan_lines(job):
     )
 
     lengths = [len(e.ids) for e in job.examples]
-    forget = sum(e.forget for e in job.examples)
+    rows = len(lengths) // job.ways
+    forget = sum(e.forget for e in job.examples[:rows])
+    in_ways = f", asked in {job.ways} ways" if job.ways > 1 else ""
     yield "rows", (
-        f"{forget} to forget, {len(lengths) - forget} to keep; {sum(lengths):,} tokens an epoch, "
-        f"longest {max(lengths)}, {job.cut} texts cut"
+        f"{forget} to forget, {rows - forget} to keep{in_ways}; longest {max(lengths)} tokens, "
+        f"{job.cut} texts cut"
     )
 
     if job.general:

@@ -145,6 +145,8 @@ def describe(args, options, model, data, base_sha256):
     values = {name: getattr(args, name) for name in options}
     values["dtype"] = str(model.dtype)
     values["template"] = template_to_json(args.template)
+    if "more_templates" in values:
+        values["more_templates"] = [template_to_json(other) for other in args.more_templates]
     data_sha256 = hashlib.sha256(repr(data).encode()).hexdigest()
     return {"base_sha256": base_sha256, "options": values, "data_sha256": data_sha256}
 

@@ -126,51 +126,11 @@ def with_chat(template, folder):
     return dataclasses.replace(template, chat=chat) if is_same else template
 
 
-# ------------------------------------------------------------------------- other ways to ask
-
-# Other templates for a template. For one that is not here: the same without "#", and on one line.
-REWORDED = {
-    TEMPLATES["sentiment"].string: (
-        "Review: {text}\n\nIs this review positive or negative? It is",
-        "{text}\nThe sentiment of the text above is",
-    ),
-    TEMPLATES["question"].string: (
-        "Question: {text}\nThe right answer is",
-        "Please answer this.\n{text}\nAnswer:",
-    ),
-}
-
-
-def reworded(template):
-    """Other templates than this one: two, or fewer where REWORDED does not have it."""
-    plain = template.string.replace("#", "").strip()
-    others = REWORDED.get(template.string, (plain, " ".join(plain.split())))
-    return [Template(other) for other in dict.fromkeys(others) if other != template.string]
-
-
-def in_other_chats(template, rows):
-    """{name: (template, rows)}: the rows under another system message, and in a second turn.
-
-    Without "another system message" where the chat template knows no such message.
-    """
-    turns = (("user", "Hello! Can you help me?"), ("assistant", "Of course. What is it?"))
-    later = [dataclasses.replace(row, turns=(*row.turns, *turns)) for row in rows]
-    settings = {"second turn": (template, later)}
-    try:
-        chat = Chat(template.chat.folder, OTHER_SYSTEM)
-        other = dataclasses.replace(template, string=chat.string(), system=chat.system, chat=chat)
-        settings["other system"] = (other, rows)
-    except ValueError:
-        pass
-    return settings
-
-
 # ------------------------------------------------------------------------------- the chat template
 
 # A template that asks for today's date gets this one, so that a prompt meets the same bytes later.
 DATE = datetime.date(2024, 7, 26)
 MARKER = "\ue000{}\ue001"  # characters of private use, which no template writes
-OTHER_SYSTEM = "You are an expert. Answer briefly."  # to measure under, where nobody trained
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 

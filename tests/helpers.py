@@ -300,6 +300,7 @@ def call(module, *args):
 def train_args(folder, files, out, *more, tests=False):
     args = ["--model", folder, "--out", out, "--num-tokens", 4, "--encoder-hidden", 8]
     args += ["--epochs", 2, "--batch-size", 8, "--dtype", "fp32", "--gamma", 0]
+    args += ["--rewordings", 0, "--single"]
     args += ["--forget", files["forget"], "--retain", files["retain"]]
     if tests:
         args += ["--test-forget", files["test_forget"], "--test-retain", files["test_retain"]]

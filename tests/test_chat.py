@@ -399,7 +399,8 @@ def test_ask_chats_in_the_prompts_template(chat_run, capsys, monkeypatch):
 
 
 def test_a_row_of_several_turns_needs_a_chat_template(tmp_path, folder, tokenizer):
-    row = Row("Who?", "She", "f:3", turns=(("user", "Hi"), ("assistant", "Yes?")))
+    turns = (("user", "Hi"), ("assistant", "Yes?"))
+    row = Row("Who?", "She", "f:3", turns=turns, is_chat=True)
     with pytest.raises(ValueError, match="f:3: a row of several turns needs --template chat"):
         prompt_ids(row, tokenizer, Template("{text}:"))
 

@@ -22,6 +22,7 @@ from spul import SoftPrompt
 from support import hardware
 from support.files import write_whole
 from support.identity import fingerprint
+from support.options import PAPER, parse
 from support.state import PROMPT_FILES, STATE, read_run
 from support.tokenizer import Tokenizer
 from tests.helpers import call, command, kill_when, logged, phi_of, start, stop_at
@@ -70,6 +71,7 @@ def test_the_prompt_folder_says_what_it_is(folder, trained, files):
     assert info["options"]["num_tokens"] == info["p"] == 4
     splits = {"train forget", "train retain", "test forget", "test retain"}
     asked_otherwise = {f"train {side}, another template" for side in ("forget", "retain")}
+    asked_otherwise |= {"train forget, after a retain row", "train retain, after a forget row"}
     for results in (info["results"]["with"], info["results"]["without"]):
         assert set(results) == splits | asked_otherwise
     start = torch.ones(info["p"], info["d"])
@@ -155,7 +157,7 @@ def test_generic_answers_may_come_from_a_file_with_one_on_each_line(folder, file
 
 
 def test_paper_is_the_papers_setting_as_a_whole():
-    args, _ = train.parse(["--paper", "--model", "m", "--forget", "f"])
+    args, _ = parse(["--paper", "--model", "m", "--forget", "f"])
     values = vars(args)
     written_out = {
         "num_tokens": 30,
@@ -168,32 +170,35 @@ def test_paper_is_the_papers_setting_as_a_whole():
         "lr": 1e-4,
         "epochs": 10,
         "batch_size": 32,
-        "forget_per_batch": None,  # the natural mixture
+        "forget_per_batch": None,  # rows as they come
+        "rewordings": 0,
+        "single": True,
         "max_length": 1024,
         "generic": ["neutral", "unknown"],
     }
     assert {name: values[name] for name in written_out} == written_out
-    given = {**train.PAPER, "generic": train.PAPER["generic"].split(",")}
+    given = {**PAPER, "generic": PAPER["generic"].split(",")}
     assert given == written_out
 
 
 def test_an_option_beside_paper_still_counts():
     common = ["--model", "m", "--forget", "f"]
     for argv in (["--paper", "--lr", "0.02", *common], ["--lr", "0.02", *common, "--paper"]):
-        args, _ = train.parse(argv)
+        args, _ = parse(argv)
         assert args.lr == 0.02
         assert args.epochs == 10
-    args, _ = train.parse(["--paper", "--generic", "nobody", "--num-tokens", "5", *common])
+    args, _ = parse(["--paper", "--generic", "nobody", "--num-tokens", "5", *common])
     assert args.generic == ["nobody"]
     assert args.num_tokens == 5
 
 
 def test_without_paper_the_start_the_rate_and_general_text_are_not_the_papers():
     common = ["--model", "m", "--forget", "f"]
-    one = vars(train.parse(common)[0])
-    other = vars(train.parse(["--paper", *common])[0])
+    one = vars(parse(common)[0])
+    other = vars(parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
-    assert different == {"init", "gamma", "generic", "lr", "batch_size", "paper"}
+    different -= {"paper", "rewordings", "single"}
+    assert different == {"gamma", "init", "generic", "lr", "batch_size", "forget_per_batch"}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):

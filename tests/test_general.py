@@ -15,6 +15,7 @@ from extras import finetune
 from spul import Objective, SoftPrompt, answer_hidden, load_prompt
 from support import elsewhere, general
 from support.general import General, Keep, openings, runs_of, share_copied, text_example
+from support.options import PAPER
 from support.state import run_folder
 from support.tokenizer import Tokenizer
 from tests.helpers import BOTH, SHAPES, call, concatenated, lines_of, logged, phi_of
@@ -97,7 +98,7 @@ def test_plain_and_fast_forward_agree_with_general_text(shape):
 
 def test_the_weight_of_l_keep_is_one_and_the_papers_setting_has_none():
     assert Objective().total(2.0, 3.0, 4.0, 5.0) == 2.0 + 3.0 + 0.5 * 4.0 + 5.0
-    assert train.PAPER["gamma"] == 0
+    assert PAPER["gamma"] == 0
 
 
 def test_every_step_draws_its_own_texts_and_a_seed_the_same():
@@ -376,10 +377,23 @@ def test_the_verdict_says_what_a_user_has_to_know():
     assert "changes little" not in refused
 
 
+def test_the_verdict_says_that_rows_come_back_where_they_are_asked_otherwise():
+    otherwise = "train forget, after a retain row"
+    before = {"train forget": {"accuracy": 0.99}, otherwise: {"accuracy": 0.8}}
+    after = {"train forget": {"accuracy": 0.1}, otherwise: {"accuracy": 0.6}}
+    (line,) = elsewhere.verdicts(before, after, {}, ["a", "b"])
+    assert line == (
+        "ASKED OTHERWISE, rows to forget come back (train forget, after a retain row: 80 -> 60 % "
+        "right)."
+    )
+    after[otherwise]["accuracy"] = 0.3
+    assert elsewhere.verdicts(before, after, {}, ["a", "b"]) == []
+
+
 def test_rows_are_also_asked_in_a_template_that_was_not_trained():
     rows = [Row(f"text {i}", "positive", "") for i in range(150)]
     splits = {"train forget": rows, "test retain": rows}
-    ways = elsewhere.ways_to_ask(splits, TEMPLATES["sentiment"])
+    ways = elsewhere.ways_to_ask(splits, TEMPLATES["sentiment"], ["unknown"])
     assert list(ways) == ["train forget", "train forget, another template", "test retain"]
     template, some = ways["train forget, another template"]
     assert template.string != TEMPLATES["sentiment"].string
@@ -393,11 +407,11 @@ def test_a_way_nobody_asked_for_is_left_out_where_the_rows_have_no_room(tokenize
     ways = {"train forget": (own, rows), "train forget, another template": (long, rows)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elsewhere, "ways_to_ask", lambda *_: ways)
-        found = list(elsewhere.examples_to_ask({"train forget": rows}, own, tokenizer, 40))
+        found = list(elsewhere.examples_to_ask({"train forget": rows}, own, [], tokenizer, 40))
         assert [name for name, *_ in found] == ["train forget"]
         assert "train forget, another template: not measured: f:1" in capsys.readouterr().out
         with pytest.raises(ValueError, match="raise --max-length"):
-            list(elsewhere.examples_to_ask({**ways}, own, tokenizer, 40))
+            list(elsewhere.examples_to_ask({**ways}, own, [], tokenizer, 40))
 
 
 # ------------------------------------------------------------------------------------- rehearsing

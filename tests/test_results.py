@@ -20,6 +20,7 @@ import eval as evaluate
 import train
 from extras import assess, baselines, finetune, guards, robust, tofu
 from model import Llama
+from support.options import parse
 from tests.helpers import ROOT, call, command, lines_of, python, tokens_of
 from tests.test_finetune import write_lora
 
@@ -204,7 +205,7 @@ def test_the_study_of_other_text_shows_what_a_prompt_changes_elsewhere(small_stu
     commands = [" ".join(map(str, run.commands[0])) for run in plan.groups()[1]]
     assert len(set(commands)) == len(commands) == 11
     for run in plan.groups()[1]:
-        train.parse([str(word) for word in run.commands[0][1:]])
+        parse([str(word) for word in run.commands[0][1:]])
 
 
 def folder_of(args):

@@ -1,0 +1,111 @@
+"""The options of train.py, and the paper's setting of them."""
+
+from spul import Objective
+from support.checks import read_generic
+from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
+from support.cli import number, use_demo
+
+# The paper's own setting, for --paper.
+PAPER = {
+    "num_tokens": 30,
+    "init": "random",
+    "encoder_hidden": 128,  # released code
+    "alpha": 1.0,
+    "beta": 0.5,
+    "gamma": 0.0,
+    "kl_position": "aligned",
+    "generic": "neutral,unknown",
+    "lr": 1e-4,
+    "epochs": 10,
+    "batch_size": 32,
+    "forget_per_batch": None,
+    "rewordings": 0,
+    "single": True,
+    "max_length": 1024,
+}
+
+
+def make_parser(description=""):
+    parser = Parser(description)
+    add_options(parser, batch_size=16, several=True)
+    add = parser.add_argument_group("the prompt and its loss").add_argument
+    add("--num-tokens", type=number(int, 1), default=30, metavar="P",
+        help="prompt vectors p (default 30, where the paper forgets best)")
+    add("--init", choices=["sentence", "random"], default="sentence",
+        help="where the vectors begin (default sentence: the embeddings of a harmless one, after "
+        "what the model always sees first; paper random)")
+    add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
+        help="encoder width (default 128, released code); 0: free vectors")
+    add("--alpha", type=number(float, 0), default=Objective.alpha,
+        help="weight of L_r (default 1, paper)")
+    add("--beta", type=number(float, 0), default=Objective.beta,
+        help="weight of L_kl (default 0.5, paper)")
+    add("--gamma", type=number(float, 0), default=Objective.gamma,
+        help="weight of L_keep (default 1); 0, paper: no such term, and other text changes")
+    add("--general", type=non_empty, metavar="FILE",
+        help="general text for L_keep, rows of any kind (default: the model writes it itself)")
+    add("--kl-position", choices=["aligned", "after-label"], default="aligned",
+        help="where L_kl compares: at the position that predicts an answer token (aligned), or one "
+        "later, as the released code does (after-label)")
+    add("--generic", default="unknown", metavar="A,B|FILE",
+        help="answers for forgotten rows, one drawn for each (default unknown; paper "
+        "neutral,unknown, which learns more slowly); in a file each line is one")
+    add("--rewordings", type=number(int, 0), default=2, metavar="N",
+        help="other wordings of the template to train in, too (default 2, paper 0)")
+    add("--single", action="store_true",
+        help="no rows asked after another row (paper)")
+    add("--write-retain", type=number(int, 1), default=256, metavar="N",
+        help="without --retain: how many texts the model writes as retain rows (default 256)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--paper", action="store_true",
+        help="the paper's setting as a whole; options given beside it still count")
+    add("--lr", type=number(float, 0, above=True), default=1e-2,
+        help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
+    add("--epochs", type=number(int, 1),
+        help="passes over the rows (default 10, paper; the demo needs 4)")
+    add("--forget-per-batch", type=forget_rows, metavar="K", default="share",
+        help="forget rows in every batch; share (default): all rows once, as many of both sides in "
+        "each batch; natural (paper): all rows once, as they come")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="seed of all random choices (default 0)")
+    add("--out", type=non_empty, metavar="DIR",
+        help="the prompt's folder (default prompt; for the demo demo/prompt)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add = add_layer_options(parser).add_argument
+    add("--shard", action="store_true",
+        help="with torchrun: each process keeps a part of the weights")
+    return parser
+
+
+def forget_rows(text):
+    """An argparse type: of --forget-per-batch."""
+    if text == "natural":
+        return None
+    return text if text == "share" else number(int, 1)(text)
+
+
+def parse(argv, description=""):
+    """The options -> args, and whether this is the demo. Nothing is read but small text files."""
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    if args.paper:
+        parser.set_defaults(**PAPER)
+        args = parser.parse_args(argv)
+    args.template, *args.more_templates = args.template or [None]
+    is_demo = use_demo(args)
+    check_required(args, "model", "forget")
+    args.out = args.out or (str(DEMO / "prompt") if is_demo else "prompt")
+    args.epochs = args.epochs or (4 if is_demo else 10)
+    args.generic = read_generic(args.generic)
+    k = args.forget_per_batch
+    if isinstance(k, int) and k >= args.batch_size:
+        raise ValueError(
+            f"--forget-per-batch {k} leaves no room in --batch-size {args.batch_size}"
+        )
+    if args.general and not args.gamma:
+        raise ValueError("--general: the text of L_keep, which --gamma 0 leaves out")
+    if args.shard and (args.quantize or args.compile):
+        raise ValueError("--shard goes with neither --quantize nor --compile")
+    return args, is_demo
