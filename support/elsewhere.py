@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data import TEXT, Template, make_examples, read_rows
 from spul import answer_hidden
-from support.asking import after_another, in_other_chats, reworded, spread
+from support.asking import UNDERSTOOD, after_another, in_other_chats, reworded, spread
 from support.general import own_form, sentence_vectors, text_examples
 from support.processes import say
 
@@ -245,12 +245,18 @@ def forgetting_verdict(before, after, labels):
 
 
 def otherwise_verdict(before, after):
-    """Whether rows to forget come back where they are asked otherwise than in training."""
+    """Whether rows to forget come back where they are asked otherwise than in training.
+
+    Where the model knows little when it is asked so, there is nothing to say.
+    """
     back = []
     for split in after:
+        if "forget, " not in split:
+            continue
         known = right(before[split])
         left = right(after[split])
-        if "forget, " in split and left > FORGOTTEN * known:
+        asked_first = before[split.split(",")[0]]
+        if known > UNDERSTOOD * right(asked_first) and left > FORGOTTEN * known:
             back.append(f"{split}: {100 * known:.0f} -> {100 * left:.0f} % right")
     if not back:
         return []

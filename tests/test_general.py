@@ -388,6 +388,8 @@ def test_the_verdict_says_that_rows_come_back_where_they_are_asked_otherwise():
     )
     after[otherwise]["accuracy"] = 0.3
     assert elsewhere.verdicts(before, after, {}, ["a", "b"]) == []
+    before[otherwise]["accuracy"] = after[otherwise]["accuracy"] = 0.2
+    assert elsewhere.verdicts(before, after, {}, ["a", "b"]) == []
 
 
 def test_rows_are_also_asked_in_a_template_that_was_not_trained():
