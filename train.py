@@ -382,7 +382,9 @@ def measure_splits(job, phi=None, known=None):
 
 def measure_before(job):
     """Without the prompt: {split: what is measured}, and {index: (n, d)}, the teacher's outputs."""
-    retain = [i for i, e in enumerate(job.examples) if not e.forget]
+    rows = len(job.examples) // job.ways
+    asked = set(range(rows)).union(*(batch for batches in job.plan for batch in batches))
+    retain = [i for i in sorted(asked) if not job.examples[i].forget]
     hidden = answer_hidden(
         job.model,
         [job.examples[i] for i in retain],

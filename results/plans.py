@@ -83,6 +83,17 @@ SPUL_RATE = "3e-3"
 DEFAULT_BATCH = 16
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
+LEFT_OUT = (  # or changed, one at a time: what is the study's line, its name and its options
+    ("no L_keep", "gamma-0", "--gamma", 0),
+    ("random start", "random", "--init", "random"),
+    ("one way to ask", "one-way", "--rewordings", 0, "--single"),
+    ("batches as rows come", "natural", "--forget-per-batch", "natural"),
+    ("two generic answers", "two-answers", "--generic", "neutral,unknown"),
+    ("free vectors", "free", "--encoder-hidden", 0),
+    ("p 4", "p-4", "--num-tokens", 4),
+    ("p 10", "p-10", "--num-tokens", 10),
+    ("the paper's alpha", "alpha-1", "--alpha", 1),
+)
 LAYERS = (10, 20, 60)  # besides SmolLM2-135M's 30
 CHEMISTRY = (
     r"(?i)\b(atoms?|atomic|electrons?|ions?|ionic|chemical\w*|bonds?|molecul\w*|acids?|bases?|"
@@ -481,19 +492,10 @@ class Plan:
         """What each part does to other text, on a model that talks; the defaults, three seeds."""
         yield [self.memorised()]
         before = ["--paper", "--lr", SPUL_RATE, "--batch-size", DEFAULT_BATCH]
-        keep = [*before, "--gamma", 1]
-        one = [*keep, "--generic", "unknown"]
         runs = [self.default("defaults", f"default-{seed}", "--seed", seed) for seed in (0, 1, 2)]
-        runs += [
-            self.default("before: no L_keep, random start", "before", *before),
-            self.default("before, with L_keep", "keep", *keep),
-            self.default("before, with L_keep and one generic answer", "one-answer", *one),
-            self.default("defaults, free vectors", "free", "--encoder-hidden", 0),
-        ]
-        for p in (4, 10):
-            runs.append(self.default(f"defaults, p {p}", f"p-{p}", "--num-tokens", p))
-        for g in (0, 4):
-            runs.append(self.default(f"defaults, gamma {g}", f"gamma-{g}", "--gamma", g))
+        runs.append(self.default("before: the paper's, at a higher rate", "before", *before))
+        for method, name, *options in LEFT_OUT:
+            runs.append(self.default(f"defaults, {method}", name, *options))
         yield runs
 
     def elsewhere_sst2(self):

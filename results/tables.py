@@ -288,11 +288,12 @@ def request_cells(found, more, side):
 
 
 def elsewhere_cells(found, more, side):
-    """Accuracy of the splits and in another template, then what other text becomes."""
+    """Accuracy of the splits and asked otherwise, then what other text becomes."""
     splits = found[side]
     names = ["train forget", "train retain", "test forget", "test retain"]
     names += [f"train {end}, another template" for end in ("forget", "retain")]
-    cells = [percent(splits[name]["accuracy"]) for name in names]
+    names += ["train forget, after a retain row", "train retain, after a forget row"]
+    cells = [percent(splits[name]["accuracy"]) if name in splits else "" for name in names]
     for what in ("general text", "text by people", "the same, no chat"):
         result = found["elsewhere"].get(what, {})
         if "kl" in result:
@@ -349,6 +350,8 @@ ELSEWHERE = [
     "test forget",
     "test retain",
     "another template: forget",
+    "retain",
+    "after a row of the other side: forget",
     "retain",
     "general text: KL (a sentence's)",
     "same token",

@@ -38,11 +38,21 @@ WORDINGS = {
         "Text: {text}\nQuestion: What is the sentiment of the text?\nAnswer:",
         "Is what follows positive or negative?\n\n{text}\n\nIt sounds",
         "Read this: {text}\nMood:",
+        "Task: sentiment analysis.\nInput: {text}\nOutput:",
+        "{text}\n\nPositive or negative:",
+        'Somebody wrote: "{text}" What they felt was',
+        "# Sentence\n{text}\n# Label\n=>",
+        "{text} All in all, that is",
     ),
     TEMPLATES["question"].string: (
         "Q: {text}\nA:",
         "Here is a question.\n\n{text}\n\nYour answer:",
         "### Task\n{text}\n\n### Solution:",
+        "{text}\n\n=>",
+        "Exam\n====\n{text}\nI choose:",
+        '"{text}" they asked, and the answer was',
+        "Input: {text}\nOutput:",
+        "Answer in a few words. {text}\nReply:",
     ),
 }
 SYSTEMS = (
@@ -133,11 +143,15 @@ def wordings(template):
     if template.string in WORDINGS:
         return [Template(string) for string in WORDINGS[template.string]]
     string = template.string
+    before, after = string.split(TEXT)
     held_out = [other.string for other in reworded(template)]
     others = (
         "Read this, and answer.\n\n" + string,
         re.sub("\n+", "\n", string).replace(TEXT, f'"{TEXT}"'),
         "Here is one more.\n" + re.sub("[#*]+ *", "- ", string),
+        f"Input: {TEXT}{after}",
+        f"{before}<<{TEXT}>>{after}",
+        f"{before}\n\n{TEXT}\n\n{after}",
     )
     return [
         dataclasses.replace(template, string=other)
