@@ -477,8 +477,8 @@ def test_the_loss_is_the_weighted_sum():
     assert Objective(alpha=0.5, beta=0.1).total(2.0, 3.0, 5.0) == 2.0 + 1.5 + 0.5
 
 
-def test_the_default_weights_are_the_papers():
-    assert Objective() == Objective(alpha=1.0, beta=0.5, kl_position="aligned", gamma=1.0)
+def test_the_default_weights_keep_more_than_the_papers():
+    assert Objective() == Objective(alpha=3.0, beta=0.5, kl_position="aligned", gamma=16.0)
 
 
 def test_losses_of_bf16_logits_are_computed_in_float32():

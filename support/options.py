@@ -37,11 +37,11 @@ def make_parser(description=""):
     add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
         help="encoder width (default 128, released code); 0: free vectors")
     add("--alpha", type=number(float, 0), default=Objective.alpha,
-        help="weight of L_r (default 1, paper)")
+        help="weight of L_r (default 3, paper 1)")
     add("--beta", type=number(float, 0), default=Objective.beta,
         help="weight of L_kl (default 0.5, paper)")
     add("--gamma", type=number(float, 0), default=Objective.gamma,
-        help="weight of L_keep (default 1); 0, paper: no such term, and other text changes")
+        help="weight of L_keep (default 16); 0, paper: no such term, and other text changes")
     add("--general", type=non_empty, metavar="FILE",
         help="general text for L_keep, rows of any kind (default: the model writes it itself)")
     add("--kl-position", choices=["aligned", "after-label"], default="aligned",
@@ -63,7 +63,7 @@ def make_parser(description=""):
     add("--lr", type=number(float, 0, above=True), default=1e-2,
         help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
     add("--epochs", type=number(int, 1),
-        help="passes over the rows (default 10, paper; the demo needs 4)")
+        help="passes over the rows (default 10, paper; the demo needs 6)")
     add("--forget-per-batch", type=forget_rows, metavar="K", default="share",
         help="forget rows in every batch; share (default): all rows once, as many of both sides in "
         "each batch; natural (paper): all rows once, as they come")
@@ -97,7 +97,7 @@ def parse(argv, description=""):
     is_demo = use_demo(args)
     check_required(args, "model", "forget")
     args.out = args.out or (str(DEMO / "prompt") if is_demo else "prompt")
-    args.epochs = args.epochs or (4 if is_demo else 10)
+    args.epochs = args.epochs or (6 if is_demo else 10)
     args.generic = read_generic(args.generic)
     k = args.forget_per_batch
     if isinstance(k, int) and k >= args.batch_size:

@@ -50,7 +50,7 @@ def test_the_run_says_its_numbers_first_and_shows_the_table_last(folder, files, 
         "trainable",
         "12 to forget, 40 to keep",
         "float32 on cpu, 14 steps",
-        "alpha 1.0, beta 0.5, kl_position aligned",
+        "alpha 3.0, beta 0.5, kl_position aligned",
         "train forget",
         "test retain",
         "without the prompt all of it is back",
@@ -192,13 +192,13 @@ def test_an_option_beside_paper_still_counts():
     assert args.num_tokens == 5
 
 
-def test_without_paper_the_start_the_rate_and_general_text_are_not_the_papers():
+def test_without_paper_weights_start_rate_and_batches_are_not_the_papers():
     common = ["--model", "m", "--forget", "f"]
     one = vars(parse(common)[0])
     other = vars(parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
-    different -= {"paper", "rewordings", "single"}
-    assert different == {"gamma", "init", "generic", "lr", "batch_size", "forget_per_batch"}
+    different -= {"paper", "rewordings", "single", "forget_per_batch"}
+    assert different == {"alpha", "gamma", "init", "generic", "lr", "batch_size"}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):
