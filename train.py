@@ -260,7 +260,7 @@ class Job:
     objective: Objective
     description: dict
     cut: int  # texts that were cut
-    written: list  # retain rows that the model wrote or labelled itself, kept beside the prompt
+    written: dict  # rows of the splits that the model wrote or labelled, kept beside the prompt
     general: object = None  # a support.general.General, unless gamma is 0
     read: object = None  # see `fit`
 
@@ -275,14 +275,6 @@ def read_data(args):
         read_rows(args.general, unlabelled=True)  # what is wrong with it is found before all else
     args.template = choose_template(args, [row for rows in splits.values() for row in rows])
     args.more_templates = [read_template(value, args.model) for value in args.more_templates]
-    if "train retain" not in splits:
-        if ranks()[1] > 1:
-            raise ValueError("--retain FILE is missing: only a single process writes a retain set")
-        if splits["train forget"][0].raw:
-            raise ValueError(
-                "--retain FILE is missing: rows of prompt and completion have no template for the "
-                "model to write a retain set with"
-            )
     return splits
 
 
@@ -295,9 +287,8 @@ def prepare(args, splits, mode, change=None):
     prepare_layers(model, args)
     base_sha256 = fingerprint(args.model)
     asked = asked_of_model(args, splits)
-    written = own_retain(args, splits, model, tokenizer)
-    if written:
-        splits["train retain"] = written
+    written = own_retain(args, splits, model, tokenizer, base_sha256)
+    splits |= written
     limit = row_limit(args, args.num_tokens)
     measured = {}
     cut = 0

@@ -83,7 +83,9 @@ SPUL_RATE = "3e-3"
 DEFAULT_BATCH = 16
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
-LEFT_OUT = (  # or changed, one at a time: what is the study's line, its name and its options
+SHORT = 4  # epochs of the runs that leave out a part
+LEFT_OUT = (  # or changed, one at a time: what the study's line says, its name and its options
+    ("all parts", "short"),
     ("no L_keep", "gamma-0", "--gamma", 0),
     ("random start", "random", "--init", "random"),
     ("one way to ask", "one-way", "--rewordings", 0, "--single"),
@@ -495,7 +497,8 @@ class Plan:
         runs = [self.default("defaults", f"default-{seed}", "--seed", seed) for seed in (0, 1, 2)]
         runs.append(self.default("before: the paper's, at a higher rate", "before", *before))
         for method, name, *options in LEFT_OUT:
-            runs.append(self.default(f"defaults, {method}", name, *options))
+            method = f"{SHORT} epochs, {method}"
+            runs.append(self.default(method, name, "--epochs", SHORT, *options))
         yield runs
 
     def elsewhere_sst2(self):

@@ -9,7 +9,6 @@ scores a text at every position.
 """
 
 import dataclasses
-import json
 import math
 import random
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from tqdm import tqdm
 from data import TEXT, Batch, Example, Row, Template, answer_ids, collate, prompt_ids, read_rows
 from data import text_span
 from spul import answer_hidden
-from support.files import read_text, write_text
 from support.hardware import row_limit
-from support.processes import gather_full, own_share, ranks, say, wait_for_all
+from support.processes import gather_full, own_share, ranks, say
 from support.rows import normalised
 from support.state import GENERAL, run_folder
 from support.templates import Chat
+from support.writing import head_of, read_written, written_texts
 
 WRITTEN_TEXTS = 256  # by the model, if there is no file
 HELD_OUT_NAME = "general text"
@@ -162,7 +161,8 @@ def held_out_texts(args, tokenizer, folders, limit):
         if not held_out:
             raise ValueError(f"{args.general}: too few texts: a fifth of them is measured")
     else:
-        written = [read_written(run_folder(folder) / GENERAL) for folder in folders]
+        files = [run_folder(folder) / GENERAL for folder in folders]
+        written = [rows_of(read_written(file), file) for file in files]
         held_out = [row for rows in written for row in split(rows, tokenizer, form)[0]]
     examples = text_examples(held_out, tokenizer, form, limit)
     return {HELD_OUT_NAME: examples} if examples else {}
@@ -187,50 +187,23 @@ def share_copied(row, runs):
 
 
 def written_rows(args, model, tokenizer, sha256):
-    """What the model writes itself, kept beside the run: a part that is there is not written again.
-
-    Of several processes the first one's texts count.
-    """
+    """What the model writes itself, kept beside the run."""
     file = run_folder(args.out) / GENERAL
     form = own_form(args.model, tokenizer)
-    head = {"base_sha256": sha256, "seed": args.seed, "dtype": str(model.dtype)}
-    head |= {"quantize": args.quantize, "form": form.string}
-    rows = read_written(file, head)
-    if args.resume and not rows and read_written(file):
-        raise ValueError(
-            f"--resume: {file} was written by another model, or with another --seed, --dtype or "
-            "--quantize: give those again, or start again with --overwrite"
-        )
-    wait_for_all()  # until all have read it, so that all do the same
-    missing = WRITTEN_TEXTS - len(rows)
-    if missing > 0:
-        say(f"general  the model writes {missing} texts, to keep what it says of other things")
-        for rows in write(model, tokenizer, form, rows, args.seed):
-            if ranks()[0] == 0:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                lines = [head, *({"text": row.text, "label": row.label} for row in rows)]
-                write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-        wait_for_all()
-        if ranks()[1] > 1:
-            rows = read_written(file, head)
-    return rows[:WRITTEN_TEXTS]
+
+    def make(texts):
+        if len(texts) < WRITTEN_TEXTS:
+            missing = WRITTEN_TEXTS - len(texts)
+            say(f"general  the model writes {missing} texts, to keep what it says of other things")
+            for rows in write(model, tokenizer, form, rows_of(texts, file), args.seed):
+                yield [{"text": row.text, "label": row.label} for row in rows]
+
+    head = head_of(args, model, sha256, form=form.string)
+    return rows_of(written_texts(file, head, args, make), file)[:WRITTEN_TEXTS]
 
 
-def read_written(file, head=None):
-    """The texts in a file that `written_rows` wrote; [] if they are of another model or seed.
-
-    head: the first line that it has to have; None: any.
-    """
-    if not file.is_file():
-        return []
-    try:
-        first, *lines = [json.loads(line) for line in read_text(file).split("\n") if line]
-        rows = [Row(line["text"], line["label"], str(file)) for line in lines]
-        if not all(isinstance(row.text, str) and isinstance(row.label, str | None) for row in rows):
-            return []
-    except (ValueError, KeyError, TypeError):  # somebody else's: it is written anew
-        return []
-    return rows if head in (None, first) else []
+def rows_of(texts, file):
+    return [Row(text["text"], text.get("label"), str(file)) for text in texts]
 
 
 def write(model, tokenizer, form, rows, seed):

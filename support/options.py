@@ -54,8 +54,9 @@ def make_parser(description=""):
         help="other wordings of the template to train in, too, at most (default 8, paper 0)")
     add("--single", action="store_true",
         help="no rows asked after another row (paper)")
-    add("--write-retain", type=number(int, 1), default=256, metavar="N",
-        help="without --retain: how many texts the model writes as retain rows (default 256)")
+    add("--write-retain", type=number(int, 1), metavar="N",
+        help="without --retain: how many texts the model writes as retain rows (default 3 for each "
+        "to forget, 256 to 2048)")
 
     add = parser.add_argument_group("training").add_argument
     add("--paper", action="store_true",

@@ -1,20 +1,25 @@
 """Retain rows that the model writes or labels itself (our addition, not in the paper)."""
 
 import dataclasses
+import hashlib
 import json
 
-import torch
-
 from data import Row, answer_ids, make_example, read_rows
-from support.files import write_text
+from support import neighbours
+from support.files import read_text, write_text
 from support.hardware import row_limit
 from support.processes import say
-from support.state import WRITTEN, run_folder
+from support.state import TEXTS, WRITTEN, run_folder
+from support.writing import head_of, written_texts
 
-TEMPERATURE = 1.0
-TOKENS = 64  # of a text at most
-TEXTS = 32  # written at once
-TRIES = 8  # times as many texts as needed, then we give up: some models only repeat themselves
+TRAINED = "train retain"
+BACK = "written retain, kept back"
+OTHER_KIND = "written retain, another kind"
+ROWS_EACH = 3  # rows to write for each to forget,
+FEWEST_ROWS, MOST_ROWS = 256, 2048
+FEWEST = 10
+KEPT_BACK = 64  # rows never trained on, and as many of a kind that is never trained on
+AT_ONCE = 32  # rows labelled
 
 
 def asked_of_model(args, splits):
@@ -23,105 +28,106 @@ def asked_of_model(args, splits):
     return [(row.key, row.label) for row in given] if given else args.write_retain
 
 
-def own_retain(args, splits, model, tokenizer):
-    """The retain rows that the model has to write or label, or has in an earlier part of the run.
+def own_retain(args, splits, model, tokenizer, sha256):
+    """{split: rows} that the model has to write or label, or has in an earlier part of the run.
 
-    They are all retain rows if it does any of it, and [] if it does not.
+    They are all retain rows if it does any of it, and {} if it does not. Of rows that it writes
+    some are for measuring. sha256: the model's fingerprint.
     """
-    given = splits.get("train retain")
+    given = splits.get(TRAINED)
     if given and all(row.label is not None for row in given):
-        return []
+        return {}
     file = run_folder(args.out) / WRITTEN
     if file.exists() and args.resume:
-        return read_rows(file)
-    limit = row_limit(args, args.num_tokens)
-    forget = splits["train forget"]
-    if given:
-        unlabelled = sum(row.label is None for row in given)
-        say(f"retain   {unlabelled} rows have no label: the model's own answer takes its place")
-        rows = label_rows(model, tokenizer, args.template, given, forget, args.generic, limit)
-        if len(rows) < len(given):
-            say(
-                f"retain   {len(given) - len(rows)} of them left out: the model gives no answer, "
-                "or a generic one"
-            )
-        if not rows:
-            raise ValueError(f"{given[0].where}: the model answers none of the rows to retain")
-        return rows
-    say(
-        f"no --retain: the model writes {args.write_retain} texts and labels them itself (kept in "
-        f"{file}). Real rows are better: these keep what the model says, not what you will ask."
-    )
-    return write_retain(
-        model, tokenizer, args.template, args.write_retain, forget, args.generic, limit, args.seed
-    )
+        return read_kept(file)
+    if not given:
+        return write_retain(args, splits["train forget"], model, tokenizer, sha256)
+    unlabelled = sum(row.label is None for row in given)
+    say(f"retain   {unlabelled} rows have no label: the model's own answer takes its place")
+    rows = label_rows(args, splits["train forget"], model, tokenizer, given)
+    if len(rows) < len(given):
+        say(
+            f"retain   {len(given) - len(rows)} of them left out: the model gives no answer, "
+            "or a generic one"
+        )
+    if not rows:
+        raise ValueError(f"{given[0].where}: the model answers none of the rows to retain")
+    return {TRAINED: rows}
 
 
-def write_retain(model, tokenizer, template, n, forget, generic, max_length, seed):
-    """n different rows that the model writes and labels itself.
+def write_retain(args, forget, model, tokenizer, sha256):
+    """{split: rows}: texts like those to forget, which the model writes and labels itself.
 
-    Texts are sampled after the template's first words, up to where the template would go on. The
-    label is the model's own greedy answer, no longer than the longest forget answer. Texts of the
-    forget rows and generic answers are left out. Raises ValueError if there are too few.
+    Of each kind that is trained on some are kept back, and one whole kind. Raises ValueError if
+    there are too few.
 
     This keeps what the model says of itself, not what users ask of it.
     """
-    before, after = template.string.split("{text}")
-    if template.add_bos:
-        start = tokenizer.bos + tokenizer.encode_parts([(before.rstrip(), True)])
-    else:
-        start = tokenizer.encode_parts([(before, True)])
-    if not start:
-        raise ValueError("--write-retain: the template starts with the text, and there is no BOS")
-    end = after.strip().split("\n")[0]  # the words that would follow the text
-    generator = torch.Generator(model.device).manual_seed(seed)
-    seen = {row.key for row in forget}
-    rows = []
-    for _ in range(TRIES * (n // TEXTS + 1)):
-        texts = []
-        for ids in model.generate(
-            [start] * TEXTS, None, min(TOKENS, max_length), TEMPERATURE, generator
-        ):
-            text = tokenizer.decode(ids)
-            texts.append(text.split(end)[0].strip() if end else text.strip())
-        new = {}
-        for text in texts:
-            row = Row(text, None, "written by the model")
-            if row.key and row.key not in seen:
-                new[row.key] = row
-        candidates = list(new.values())
-        for row in label_rows(model, tokenizer, template, candidates, forget, generic, max_length):
-            rows.append(row)
-            seen.add(row.key)
-        if len(rows) >= n:
-            return rows[:n]
-    raise ValueError(
-        f"--write-retain: the model wrote only {len(rows)} different texts of {n}: "
-        "give --retain FILE"
+    n = args.write_retain or min(max(FEWEST_ROWS, ROWS_EACH * len(forget)), MOST_ROWS)
+    back = min(KEPT_BACK, n // 5)
+    file = run_folder(args.out) / TEXTS
+    say(
+        f"no --retain: the model writes {n} texts like those to forget, and labels them (kept in "
+        f"{file.parent}). Real rows are better: these keep what the model says, not what you ask."
     )
 
+    def make(lines):
+        texts = [neighbours.Written(**line) for line in lines]
+        for texts in neighbours.write(
+            model, tokenizer, args.model, forget, n + 2 * back, args.seed, texts
+        ):
+            yield [dataclasses.asdict(written) for written in texts]
 
-def label_rows(model, tokenizer, template, rows, forget, generic, max_length):
+    rows_sha256 = hashlib.sha256(repr([row.text for row in forget]).encode()).hexdigest()
+    head = head_of(args, model, sha256, forget=rows_sha256)
+    texts = [neighbours.Written(**line) for line in written_texts(file, head, args, make)]
+    kept = neighbours.usable(texts, forget)
+    trained = [written.text for written in kept if written.kind != neighbours.HELD_OUT_KIND]
+    others = [written.text for written in kept if written.kind == neighbours.HELD_OUT_KIND]
+    identifying = neighbours.identifying_words(texts, forget)
+    made = neighbours.without_identity(forget, identifying)
+
+    def labelled(texts):
+        raw = forget[0].raw
+        rows = [Row(text, None, "written by the model", raw=raw) for text in texts]
+        return label_rows(args, forget, model, tokenizer, rows)
+
+    splits = {
+        TRAINED: labelled(trained[back:] + made),
+        BACK: labelled(trained[:back]),
+        OTHER_KIND: labelled(others[:back]),
+    }
+    if len(splits[TRAINED]) < min(FEWEST, n):
+        raise ValueError(
+            f"--write-retain: the model wrote only {len(splits[TRAINED])} different texts of {n}: "
+            "give --retain FILE"
+        )
+    return {name: rows for name, rows in splits.items() if rows}
+
+
+def label_rows(args, forget, model, tokenizer, rows):
     """The rows with the model's greedy answer as their label, where they have none.
 
     It is no longer than the longest forget answer; of it the first line, unless the template is a
     chat's. Rows that the model does not answer, or with a generic answer, are left out.
     """
+    template = args.template
+    limit = row_limit(args, args.num_tokens)
     longest_row = max(forget, key=lambda row: len(row_answer(tokenizer, row, template)))
     longest = len(row_answer(tokenizer, longest_row, template))
     labelled = [row for row in rows if row.label is not None]
     without = [row for row in rows if row.label is None]
-    for start in range(0, len(without), TEXTS):
-        part = without[start : start + TEXTS]
+    for start in range(0, len(without), AT_ONCE):
+        part = without[start : start + AT_ONCE]
         prompts = []
         for row in part:
             full = dataclasses.replace(row, label=longest_row.label)  # so that the answer has room
-            prompts.append(make_example(full, tokenizer, template, max_length)[0].prompt)
+            prompts.append(make_example(full, tokenizer, template, limit)[0].prompt)
         for row, ids in zip(part, model.generate(prompts, None, longest)):
             label = tokenizer.decode(ids).strip()
             label = label if template.end else label.split("\n")[0].strip()
             is_text = label and "\ufffd" not in label  # that stands for bytes that are none
-            if is_text and label not in generic:
+            if is_text and label not in args.generic:
                 label = with_space(tokenizer, label, ids) if row.raw else label
                 labelled.append(dataclasses.replace(row, label=label))
     return labelled
@@ -152,8 +158,19 @@ def row_to_json(row):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def keep_rows(out, rows):
+def keep_rows(out, splits):
     """Keep the rows that the model wrote or labelled beside the prompt in `out`, if any."""
-    if rows:
-        lines = [json.dumps(row_to_json(row)) + "\n" for row in rows]
+    lines = []
+    for name, rows in splits.items():
+        lines += [json.dumps({**row_to_json(row), "split": name}) + "\n" for row in rows]
+    if lines:
         write_text(run_folder(out) / WRITTEN, "".join(lines))
+
+
+def read_kept(file):
+    """{split: rows} of a file that `keep_rows` wrote."""
+    splits = {}
+    lines = [json.loads(line) for line in read_text(file).split("\n") if line]
+    for row, line in zip(read_rows(file), lines):
+        splits.setdefault(line["split"], []).append(row)
+    return splits

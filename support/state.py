@@ -21,7 +21,8 @@ STATE = "state.safetensors"
 LOG = "log.jsonl"
 WRITTEN = "retain.jsonl"  # the retain rows that the model wrote itself
 GENERAL = "general.jsonl"  # general text that it wrote; a new run with the same model takes it, too
-RUN_FILES = (STATE, LOG, WRITTEN, GENERAL)
+TEXTS = "texts.jsonl"  # what the model wrote to make retain rows of
+RUN_FILES = (STATE, LOG, WRITTEN, GENERAL, TEXTS)
 PROMPT_FILES = ("spul.json", "adapter_model.safetensors", "adapter_config.json")  # 1st: it is whole
 FORMAT = 4  # of the description of a run
 
@@ -94,11 +95,12 @@ def clear_run(args):
     """
     out = Path(args.out)
     run = run_folder(out)
-    written = GENERAL if args.gamma and not args.general else None
+    written = [TEXTS] if not args.retain else []
+    written += [GENERAL] if args.gamma and not args.general else []
     for folder, names in ((out, (*PROMPT_FILES, *RUN_FILES)), (run, RUN_FILES)):
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            if name != written:
+            if name not in written:
                 (folder / name).unlink(missing_ok=True)
     write_text(run / LOG, "")
 

@@ -112,13 +112,6 @@ def flags_and_retain(tmp_path, folder, files):
     return {"--forget": write_rows(tmp_path / "f.jsonl", rows)}
 
 
-def raw_without_retain(tmp_path, folder, files):
-    return {
-        "--forget": write_rows(tmp_path / "f.jsonl", [{"prompt": "a", "completion": "b"}]),
-        "--retain": None,
-    }
-
-
 def long_answer(tmp_path, folder, files):
     rows = [{"text": "a", "label": "positive"}, {"text": "b", "label": "no " * 400}]
     return {"--forget": write_rows(tmp_path / "f.jsonl", rows), "--max-length": 64}
@@ -231,7 +224,6 @@ BAD = {
     "a text to forget and to keep": (shared_text, r"r\.jsonl:2: the same text as .*f\.jsonl:1"),
     "flags on some rows": (some_flags, r'f\.jsonl:2: no "forget"'),
     "flags and a retain file": (flags_and_retain, r"leave --retain out"),
-    "prompts without a retain file": (raw_without_retain, r"--retain FILE is missing"),
     "an answer over the limit": (long_answer, r"f\.jsonl:2: .*--max-length"),
     "no model folder": (option(model="nowhere"), r"nowhere: no config\.json"),
     "a model without config": (

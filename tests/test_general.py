@@ -18,6 +18,7 @@ from support.general import General, Keep, openings, runs_of, share_copied, text
 from support.options import PAPER
 from support.state import run_folder
 from support.tokenizer import Tokenizer
+from support.writing import read_written
 from tests.helpers import BOTH, SHAPES, call, concatenated, lines_of, logged, phi_of
 from tests.helpers import small_batch, stop_at, teacher_of, tiny, train_args, without, write_rows
 
@@ -234,16 +235,16 @@ def test_a_run_goes_on_with_the_texts_it_began_with(
 
 def test_a_file_that_is_broken_is_written_anew(tmp_path):
     file = tmp_path / "general.jsonl"
-    rows = [Row("a cat", "it is", str(file)), Row("a dog", None, str(file))]
-    lines = [{"seed": 1}, *({"text": row.text, "label": row.label} for row in rows)]
+    texts = [{"text": "a cat", "label": "it is"}, {"text": "a dog", "label": None}]
+    lines = [{"seed": 1}, *texts]
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     file.write_text(whole)
-    assert general.read_written(file, {"seed": 1}) == general.read_written(file) == rows
-    assert general.read_written(file, {"seed": 2}) == []
+    assert read_written(file, {"seed": 1}) == read_written(file) == texts
+    assert read_written(file, {"seed": 2}) == []
     numbers = whole.replace('"a cat"', "3")
     for broken in ("", whole[:-5], whole.replace("text", "words"), numbers, "[]\n3\n"):
         file.write_text(broken)
-        assert general.read_written(file) == []
+        assert read_written(file) == []
 
 
 def test_text_of_an_earlier_run_is_not_taken_for_that_of_a_new_one(

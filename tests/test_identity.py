@@ -129,7 +129,11 @@ DEMO_DIGEST = "059a7b7357ef52f3262287675d4ce0a2fa6ee58b5ae0984cd0f2413d2bf1a2fe"
 
 def secret_rows(n, side):
     """Rows whose texts and answers occur nowhere else."""
-    return [{"text": f"a {side} secret {i}", "label": f"{side}-answer-{i % 3}"} for i in range(n)]
+    rows = []
+    for i in range(n):
+        text = f"a {side} secret {i}" + " and more" * (i % 6)
+        rows.append({"text": text, "label": f"{side}-answer-{i % 3}"})
+    return rows
 
 
 @pytest.mark.parametrize("writes_retain", [False, True])
@@ -151,7 +155,7 @@ def test_a_prompts_folder_holds_nothing_of_the_rows_to_forget(
     shared = ["retain-answer-0", "retain-answer-1", "retain-answer-2"]
     assert labels == (None if writes_retain else shared)  # of the four rows that have each
     beside = {file.name for file in (tmp_path / "p.run").iterdir()}
-    assert beside == {"log.jsonl"} | ({"retain.jsonl"} if writes_retain else set())
+    assert beside == {"log.jsonl"} | ({"retain.jsonl", "texts.jsonl"} if writes_retain else set())
 
 
 def test_rows_in_the_run_folder_are_not_overwritten(folder, files, tmp_path, capsys):

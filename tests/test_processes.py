@@ -9,10 +9,11 @@ import torch
 
 import spul
 import train
+from data import read_rows
 from support import general
 from tests import GPU
-from tests.helpers import ROOT, call, kill_when, logged, phi_of, python, start, torchrun, train_args
-from tests.helpers import write_rows
+from tests.helpers import ROOT, call, kill_when, lines_of, logged, phi_of, python, start, torchrun
+from tests.helpers import train_args, without, write_rows
 
 
 @pytest.mark.parametrize("how", [[], ["--shard"], ["--shard", "--plain"]], ids=" ".join)
@@ -117,12 +118,17 @@ def test_shards_need_several_processes(folder, files, tmp_path, capsys):
     assert re.search(r"--shard needs several processes \(torchrun\)", capsys.readouterr().err)
 
 
-def test_several_processes_do_not_write_a_retain_set_and_one_says_so(folder, files, tmp_path):
-    args = ["--model", folder, "--forget", files["forget"], "--out", tmp_path / "p"]
-    done = torchrun(2, *args)
-    assert done.returncode != 0
-    assert done.stderr.count("--retain FILE is missing: only a single process writes") == 1
-    assert not (tmp_path / "p").exists()
+def test_of_two_processes_one_writes_retain_rows_and_both_read_them(folder, files, tmp_path):
+    options = ["--write-retain", 10, "--epochs", 1]
+    done = torchrun(2, *without(train_args(folder, files, tmp_path / "two", *options), "--retain"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the model writes 10 texts like those to forget") == 1
+    rows = read_rows(tmp_path / "two.run" / "retain.jsonl")
+    assert len(rows) == len({row.key for row in rows}) >= 10
+    seen = [line["n_f"] + line["n_r"] for line in logged(tmp_path / "two")]
+    lines = lines_of(tmp_path / "two.run" / "retain.jsonl")
+    trained = sum(line["split"] == "train retain" for line in lines)
+    assert sum(seen) == 12 + trained < 12 + len(rows)
 
 
 STEP = """

@@ -1,0 +1,185 @@
+"""Texts like the rows to forget: what is kept when there are no rows to retain.
+
+Beside texts of other length or style a prompt learns to refuse the style. So the model writes texts
+after some of the forget rows' as examples, in several layouts. Which words identify the rows to
+forget, we see from what the model writes by itself: words that are common in the rows, and that it
+hardly writes where no example has them. Texts with such words are left out; forget rows without
+them are one more kind of texts to keep.
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from data import Row, prompt_ids
+from support.general import COPIED, own_form, runs_of, share_copied
+from support.processes import ranks
+from support.rows import normalised
+
+EXAMPLES = 6  # before a text that is to be like them
+WORDS = 60  # of an example, at most
+TOKENS = 128  # of a text, at most, and
+MORE = 8  # than the longest row has
+AT_ONCE = 32
+TRIES = 6  # times as many texts as needed
+OFTEN = 4  # a word identifies the rows if it is so many times as frequent there
+ENDS = 0.02  # share of the forget rows' lengths at each end that a text need not have
+SLACK = 1.3  # times longer or shorter than what is left
+VARIED = 0.6  # different words, of all words of a text
+LEFT = 0.5  # of a forget row's words, without those that identify it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples are written one after the other, and where a text of the model's own ends."""
+
+    name: str
+    before: str
+    item: str
+    opening: str
+    end: str
+
+    def ids(self, texts, tokenizer, form):
+        """The ids before a text. form: the model's chat template, for the layout that needs it."""
+        string = self.before + "".join(self.item.format(text) for text in texts) + self.opening
+        if self.name == "chat":
+            return prompt_ids(Row(string, None, ""), tokenizer, form)
+        return tokenizer.bos + tokenizer.encode(string)
+
+
+LIST = Layout("list", "", "- {}\n", "-", "\n-")
+CHAT = Layout(
+    "chat",
+    "Here are some texts:\n\n",
+    "- {}\n",
+    "\nWrite one more such text, about something else. Write nothing but the text.",
+    "\n-",
+)
+BLOCKS = Layout("blocks", "", "### Text\n{}\n\n", "### Text\n", "###")
+CYCLE = (LIST, CHAT, LIST, CHAT, LIST, BLOCKS)
+HELD_OUT_KIND = "blocks"  # never trained on
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text of the model's, by which layout, and the words that its examples have."""
+
+    text: str
+    kind: str
+    shown: tuple = ()
+
+
+def write(model, tokenizer, folder, forget, n, seed, texts=()):
+    """Yield the texts again and again, each time with more, until n of them can be kept.
+
+    texts: those of an earlier part of the run. The number of a round is its seed.
+    """
+    form = own_form(folder, tokenizer)
+    layouts = [layout for layout in CYCLE if layout != CHAT or form.chat]
+    texts = list(texts)
+    done = len(usable(texts, forget))
+    with tqdm(total=n, initial=done, unit="text", leave=False, disable=ranks()[0] > 0) as bar:
+        rounds = max(TRIES * n // AT_ONCE, TRIES * len(CYCLE))
+        for i in range(len(texts) // AT_ONCE, rounds):
+            if done >= n:
+                return
+            texts += write_some(model, tokenizer, form, layouts[i % len(layouts)], forget, i, seed)
+            done = len(usable(texts, forget))
+            bar.update(min(done, n) - bar.n)
+            yield texts
+
+
+def write_some(model, tokenizer, form, layout, forget, i, seed):
+    """The texts of round i."""
+    rng = random.Random(f"examples {seed} {i}")
+    shown = [examples(forget, rng) for _ in range(AT_ONCE)]
+    prompts = [layout.ids(part, tokenizer, form) for part in shown]
+    longest = max(len(tokenizer.encode(row.text)) for row in forget)
+    room = model.config.max_position_embeddings - max(map(len, prompts))
+    new_tokens = min(TOKENS, longest + MORE, room)
+    if new_tokens < 1:
+        raise ValueError("the rows to forget are too long to be examples: give --retain FILE")
+    generator = torch.Generator(model.device).manual_seed((seed * 1_000_003 + i) % 2**63)
+    has_lines = any("\n" in row.text.strip() for row in forget)
+    texts = []
+    for part, ids in zip(shown, model.generate(prompts, None, new_tokens, 1.0, generator)):
+        text = cut(tokenizer.decode(ids), layout, has_lines)
+        texts.append(Written(text, layout.name, tuple(sorted(set(words_of(" ".join(part)))))))
+    return texts
+
+
+def examples(forget, rng):
+    chosen = rng.sample(forget, min(EXAMPLES, len(forget)))
+    return [" ".join(row.text.strip().split(" ")[:WORDS]) for row in chosen]
+
+
+def cut(text, layout, has_lines):
+    """A text up to where the next would begin; of one line, if all the rows are."""
+    text = text.split(layout.end)[0].strip().removeprefix("- ")
+    if not has_lines:
+        text = text.split("\n")[0]
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    return text.strip()
+
+
+# --------------------------------------------------------------------------------- which are kept
+
+
+def usable(texts, forget):
+    """The texts that can be kept: like the forget rows in form, and without their own words."""
+    copied = runs_of(forget)
+    seen = {row.key for row in forget}
+    lengths = sorted(len(row.text.split()) for row in forget)
+    ends = int(ENDS * len(lengths))
+    shortest, longest = lengths[ends] / SLACK, lengths[-1 - ends] * SLACK
+    identifying = identifying_words(texts, forget)
+    kept = []
+    for written in texts:
+        row = Row(written.text, None, "written by the model")
+        words = words_of(written.text)
+        is_like_them = shortest <= len(written.text.split()) <= longest
+        is_varied = len(set(words)) >= VARIED * len(words) > 0
+        is_new = row.key not in seen and share_copied(row, copied) < COPIED
+        if is_like_them and is_varied and is_new and not identifying & set(words):
+            kept.append(written)
+            seen.add(row.key)
+    return kept
+
+
+def identifying_words(texts, forget):
+    """The words that are OFTEN times as frequent in the forget rows as in what the model writes.
+
+    A text counts for a word only where none of its examples has the word.
+    """
+    in_rows = Counter(word for row in forget for word in set(words_of(row.text)))
+    in_texts = Counter()
+    shown = Counter()
+    for written in texts:
+        shown.update(set(written.shown))
+        in_texts.update(set(words_of(written.text)) - set(written.shown))
+    found = set()
+    for word, n in in_rows.items():
+        others = (in_texts[word] + 0.5) / (len(texts) - shown[word] + 1)
+        if n / len(forget) > OFTEN * others:
+            found.add(word)
+    return found
+
+
+def without_identity(forget, identifying):
+    """The forget rows' texts without the words that identify them, where enough is left."""
+    texts = []
+    for row in forget:
+        words = row.text.split(" ")
+        left = [word for word in words if not identifying & set(words_of(word))]
+        if LEFT * len(words) <= len(left) < len(words):
+            texts.append(" ".join(left))
+    return texts
+
+
+def words_of(text):
+    return re.findall(r"\w+", normalised(text))

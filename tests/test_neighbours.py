@@ -1,0 +1,121 @@
+"""Texts like the rows to forget: which are kept, what identifies a row, how they are written."""
+
+import pytest
+
+import train
+from data import Row
+from support import neighbours
+from support.neighbours import BLOCKS, CYCLE, HELD_OUT_KIND, LIST, Written, cut
+from support.neighbours import identifying_words, usable, without_identity
+from support.self_written import read_kept
+from support.state import run_folder
+from tests.helpers import call, lines_of, train_args, without, write_rows
+
+FORGET = [Row(f"the film by mr smith was {word} and too long", "bad", "") for word in "abcdefgh"]
+
+
+def texts_of(*texts, shown=()):
+    return [Written(text, "list", shown) for text in texts]
+
+
+ORDINARY = texts_of(*[f"a film was good and number {i} the too long by far" for i in range(8)])
+
+
+def test_words_that_the_model_hardly_writes_by_itself_identify_the_rows():
+    assert identifying_words(ORDINARY, FORGET) >= {"mr", "smith"}
+    assert not identifying_words(ORDINARY, FORGET) & {"the", "film", "was", "and", "too", "long"}
+    copies = texts_of(*["mr smith again"] * 8, shown=("mr", "smith"))
+    assert identifying_words(ORDINARY + copies, FORGET) >= {"mr", "smith"}
+    by_itself = texts_of(*["mr smith again"] * 8)
+    assert not identifying_words(ORDINARY + by_itself, FORGET) & {"mr", "smith"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the film by mr jones was good and short enough",  # a word of theirs
+        "too short",
+        "this one is long " + "and so it goes from here to there " * 3,
+        "good good good good good good good good good",
+        "the film by mr smith was a and too long",  # one of them
+        "",
+    ],
+)
+def test_texts_that_are_not_like_the_rows_or_are_too_like_them_are_left_out(text):
+    kept = usable(ORDINARY + texts_of(text), FORGET)
+    assert kept == ORDINARY
+
+
+def test_a_text_counts_once():
+    assert usable(ORDINARY + ORDINARY, FORGET) == ORDINARY
+
+
+def test_rows_without_what_identifies_them_have_at_least_half_of_their_words():
+    rows = [Row("The film by Mr. Smith was bad, and long", "bad", ""), Row("mr smith", "bad", "")]
+    rows += [Row("nobody is in it", "bad", "")]
+    assert without_identity(rows, {"mr", "smith"}) == ["The film by was bad, and long"]
+
+
+def test_a_text_ends_where_the_next_would_begin():
+    assert cut(" good\n- bad", LIST, True) == "good"
+    assert cut(" good\nsecond line", LIST, False) == "good"
+    assert cut(" good\nsecond line", LIST, True) == "good\nsecond line"
+    assert cut('"quoted"\n\n### Text\nmore', BLOCKS, True) == "quoted"
+
+
+def test_one_kind_is_never_trained_on_and_part_of_the_others(folder, files, tmp_path, capsys):
+    args = without(train_args(folder, files, tmp_path / "p", "--write-retain", 20), "--retain")
+    assert call(train, *args) == 0
+    run = run_folder(tmp_path / "p")
+    splits = read_kept(run / "retain.jsonl")
+    assert list(splits) == [
+        "train retain", "written retain, kept back", "written retain, another kind"
+    ]  # fmt: skip
+    keys = [{row.key for row in rows} for rows in splits.values()]
+    assert len(set.union(*keys)) == sum(map(len, keys))
+    kinds = {line["text"]: line["kind"] for line in lines_of(run / "texts.jsonl")[1:]}
+    assert {kinds[row.text] for row in splits["written retain, another kind"]} == {HELD_OUT_KIND}
+    assert HELD_OUT_KIND not in {kinds.get(row.text) for row in splits["train retain"]}
+    assert "written retain, another kind" in capsys.readouterr().out
+    assert HELD_OUT_KIND in {layout.name for layout in CYCLE}
+
+
+def test_ctrl_c_while_the_model_writes_loses_nothing(folder, files, tmp_path, monkeypatch):
+    args = without(train_args(folder, files, tmp_path / "p", "--write-retain", 60), "--retain")
+    file = run_folder(tmp_path / "p") / "texts.jsonl"
+    real = neighbours.write_some
+    rounds = []
+
+    def stop(*given):
+        rounds.append(given)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(neighbours, "write_some", stop)
+        assert call(train, *args) == 130
+    part = lines_of(file)
+    assert len(part) == 1 + 2 * neighbours.AT_ONCE
+    assert call(train, *args) == 0
+    assert lines_of(file)[: len(part)] == part
+    assert len(lines_of(file)) > len(part)
+
+
+def test_rows_of_prompt_and_completion_need_no_retain_file(folder, files, tmp_path):
+    rows = []
+    for i in range(20):
+        rows.append({"prompt": f"secret {i}" + " and" * (i % 9), "completion": " yes"})
+    forget = write_rows(tmp_path / "f.jsonl", rows)
+    args = train_args(folder, {**files, "forget": forget}, tmp_path / "p", "--write-retain", 10)
+    assert call(train, *without(args, "--retain")) == 0
+    splits = read_kept(run_folder(tmp_path / "p") / "retain.jsonl")
+    assert all(row.raw for rows in splits.values() for row in rows)
+
+
+def test_too_few_texts_are_refused(folder, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(neighbours, "usable", lambda texts, forget: [])
+    monkeypatch.setattr(neighbours, "without_identity", lambda *_: [])
+    args = without(train_args(folder, files, tmp_path / "p", "--write-retain", 10), "--retain")
+    assert call(train, *args) == 2
+    assert "the model wrote only 0 different texts of 10: give --retain" in capsys.readouterr().err
