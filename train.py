@@ -14,6 +14,7 @@ of them in retain rows.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -27,10 +28,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import collate, common_prefix, epoch_batches, make_examples, read_rows
+from data import collate, common_prefix, epoch_batches, make_example, read_rows
 from eval import label_set, measure
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
-from support.asking import training_ways, understood
+from support.asking import training_ways, understanding
 from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
 from support.elsewhere import elsewhere_table, examples_to_ask, true_labels, measure_elsewhere
@@ -344,13 +345,17 @@ def prepare(args, splits, mode, change=None):
 def training_examples(args, splits, model, tokenizer):
     """The rows to train on, asked in each way -> Examples, and the number of ways."""
     limit = row_limit(args, args.num_tokens)
-    ways = training_ways(args, splits["train forget"], splits["train retain"])
-    ways = understood(ways, model, tokenizer, limit, args.batch_size)
+    forget, retain = splits["train forget"], splits["train retain"]
+    options = args.template, retain, limit, args.batch_size
+    ways = training_ways(args, forget, retain, understanding(model, tokenizer, *options))
     examples = []
-    for template, forget, retain in ways:
+    for templates, forget, retain in ways:
         rng = random.Random(f"generic {args.seed}")  # a row has the same answer in all ways
-        examples += make_examples(forget, tokenizer, template, limit, True, args.generic, rng)[0]
-        examples += make_examples(retain, tokenizer, template, limit)[0]
+        for row, template in zip(forget, itertools.cycle(templates)):
+            answer = rng.choice(args.generic)
+            examples.append(make_example(row, tokenizer, template, limit, True, answer)[0])
+        for row, template in zip(retain, itertools.cycle(templates)):
+            examples.append(make_example(row, tokenizer, template, limit)[0])
     return examples, len(ways)
 
 

@@ -5,6 +5,7 @@ extras/assess.py).
 """
 
 import dataclasses
+import functools
 import random
 import re
 
@@ -32,29 +33,53 @@ HELD_OUT_TURNS = (
     ("assistant", "Of course. What is it?"),
 )
 
-# Those that are trained on beside the user's own.
-WORDINGS = {
+# What is trained on beside the user's own template: each of these before the text, with each of
+# those after it.
+OPENINGS = {
     TEMPLATES["sentiment"].string: (
-        "Text: {text}\nQuestion: What is the sentiment of the text?\nAnswer:",
-        "Is what follows positive or negative?\n\n{text}\n\nIt sounds",
-        "Read this: {text}\nMood:",
-        "Task: sentiment analysis.\nInput: {text}\nOutput:",
-        "{text}\n\nPositive or negative:",
-        'Somebody wrote: "{text}" What they felt was',
-        "# Sentence\n{text}\n# Label\n=>",
-        "{text} All in all, that is",
+        "",
+        "Text: ",
+        "Read this: ",
+        "Task: sentiment analysis.\nInput: ",
+        "Somebody wrote:\n",
+        "# Sentence\n",
+        "Is what follows positive or negative?\n\n",
+        ">>> ",
     ),
     TEMPLATES["question"].string: (
-        "Q: {text}\nA:",
-        "Here is a question.\n\n{text}\n\nYour answer:",
-        "### Task\n{text}\n\n### Solution:",
-        "{text}\n\n=>",
-        "Exam\n====\n{text}\nI choose:",
-        '"{text}" they asked, and the answer was',
-        "Input: {text}\nOutput:",
-        "Answer in a few words. {text}\nReply:",
+        "",
+        "Q: ",
+        "Here is a question.\n\n",
+        "### Task\n",
+        "Exam\n====\n",
+        "Input: ",
+        "Answer in a few words. ",
+        ">>> ",
     ),
 }
+ENDINGS = {
+    TEMPLATES["sentiment"].string: (
+        "\nQuestion: What is the sentiment of the text?\nAnswer:",
+        "\n\nIt sounds",
+        "\nMood:",
+        "\nOutput:",
+        "\n\nPositive or negative:",
+        "\nWhat they felt was",
+        "\n# Label\n=>",
+        " All in all, that is",
+    ),
+    TEMPLATES["question"].string: (
+        "\nA:",
+        "\n\nYour answer:",
+        "\n\n### Solution:",
+        "\n\n=>",
+        "\nI choose:",
+        "\nOutput:",
+        "\nReply:",
+        " The answer was",
+    ),
+}
+MIXED = 3  # times that a row is asked in other wordings, each time in another
 SYSTEMS = (
     "Answer the user.",
     "You help people with their questions, as well as you can.",
@@ -65,7 +90,7 @@ TURNS = (
     ("assistant", "Hello! What would you like to know?"),
 )
 LONGEST_BEFORE = 60  # words of a row that stands before another
-TRIED = 100  # rows by which we see whether the model understands a way to ask
+TRIED = 50  # rows by which we see whether the model understands a way to ask
 UNDERSTOOD = 0.8  # of what it answers when asked in the first way
 
 
@@ -92,72 +117,77 @@ def in_other_chats(template, rows):
 # ---------------------------------------------------------------------------------- trained on
 
 
-def training_ways(args, forget, retain):
-    """The ways to ask in training: (template, forget rows, retain rows) each, the user's own first.
+def training_ways(args, forget, retain, is_understood):
+    """The ways to ask in training: (templates, forget rows, retain rows) each.
 
-    Then come --rewordings other wordings, or in a chat other system messages and a later turn. The
-    last, unless --single, is each row after one of the other side, with that one's own answer.
+    A row is asked in one of a way's templates, each in turn. The first way is the user's template,
+    then come further ones of --template. Then in other wordings, or in a chat under other system
+    messages, as many as --rewordings, and later in the chat. The last, unless --single, is each row
+    after one of the other side, with that one's own answer.
+
+    is_understood(template, rows): whether the model answers rows to retain so; else it is left out.
     """
     template = args.template
-    ways = [(template, forget, retain)]
-    ways += [(other, forget, retain) for other in args.more_templates]
+    ways = [([template], forget, retain)]
+    ways += [([other], forget, retain) for other in args.more_templates]
+    others = []
     if template.chat:
         others = [with_system(template, system) for system in SYSTEMS[: args.rewordings]]
-        ways += [(other, forget, retain) for other in others if other]
-        if args.rewordings:
-            ways.append((template, later(forget, TURNS), later(retain, TURNS)))
     elif not all(row.raw for row in forget):
-        others = wordings(template)[: args.rewordings]
-        ways += [(other, forget, retain) for other in others]
+        others = wordings(template, args.rewordings, args.seed)
+    others = [other for other in others if other and is_understood(other, retain)]
+    times = min(MIXED, len(others))
+    for i in range(times):
+        first = i * len(others) // times
+        ways.append((others[first:] + others[:first], forget, retain))
+    later_ways = []
+    if template.chat and args.rewordings:
+        later_ways.append(([template], later(forget, TURNS), later(retain, TURNS)))
     if not args.single:
         rng = random.Random(f"another {args.seed}")
         mixed_forget = after_another(forget, retain, rng)
         mixed_retain = after_another(retain, forget, rng, args.generic)
         if (mixed_forget, mixed_retain) != (forget, retain):
-            ways.append((template, mixed_forget, mixed_retain))
-    return ways
+            later_ways.append(([template], mixed_forget, mixed_retain))
+    return ways + [way for way in later_ways if is_understood(template, way[2])]
 
 
-@torch.no_grad()
-def understood(ways, model, tokenizer, limit, batch_size):
-    """The ways in which the model answers about as many rows to retain as in the first."""
-    if len(ways) == 1:
-        return ways
-    kept = []
-    for way in ways:
-        template, _, retain = way
-        examples, _ = make_examples(spread(retain, TRIED), tokenizer, template, limit)
+def understanding(model, tokenizer, template, retain, limit, batch_size):
+    """The function `is_understood` of `training_ways`: whether about as many rows are answered as
+    in the first template.
+    """
+
+    @torch.no_grad()
+    def right(template, rows):
+        examples, _ = make_examples(spread(rows, TRIED), tokenizer, template, limit)
         hidden = answer_hidden(model, examples, batch_size=batch_size)
-        right = 0
-        for e, h in zip(examples, hidden):
-            right += model.head(h).argmax(dim=-1).tolist() == list(e.answer)
-        if not kept:
-            right_at_first = right
-        if right >= UNDERSTOOD * right_at_first:
-            kept.append(way)
-    return kept
+        best = [model.head(h).argmax(dim=-1).tolist() for h in hidden]
+        return sum(ids == list(e.answer) for ids, e in zip(best, examples))
+
+    @functools.cache
+    def right_at_first():
+        return right(template, retain)
+
+    return lambda other, rows: right(other, rows) >= UNDERSTOOD * right_at_first()
 
 
-def wordings(template):
-    """Other templates for the same, to train in."""
-    if template.string in WORDINGS:
-        return [Template(string) for string in WORDINGS[template.string]]
+def wordings(template, n, seed):
+    """n other templates for the same, to train in, or as many as there are; drawn by the seed."""
     string = template.string
-    before, after = string.split(TEXT)
+    if string in OPENINGS:
+        before, after = OPENINGS[string], ENDINGS[string]
+        texts = [TEXT]
+    else:
+        own_before, own_after = string.split(TEXT)
+        before = [own_before, f"Read this, and answer.\n\n{own_before}", f"Hello!\n{own_before}"]
+        before += [re.sub("[#*]+ *", "- ", own_before), "Input: ", ""]
+        after = [own_after, re.sub("\n+", "\n", own_after)]
+        texts = [TEXT, f'"{TEXT}"', f"<<{TEXT}>>", f"\n\n{TEXT}\n\n"]
+    others = [first + text + end for first in before for text in texts for end in after]
     held_out = [other.string for other in reworded(template)]
-    others = (
-        "Read this, and answer.\n\n" + string,
-        re.sub("\n+", "\n", string).replace(TEXT, f'"{TEXT}"'),
-        "Here is one more.\n" + re.sub("[#*]+ *", "- ", string),
-        f"Input: {TEXT}{after}",
-        f"{before}<<{TEXT}>>{after}",
-        f"{before}\n\n{TEXT}\n\n{after}",
-    )
-    return [
-        dataclasses.replace(template, string=other)
-        for other in dict.fromkeys(others)
-        if other not in (string, *held_out)
-    ]
+    others = [other for other in dict.fromkeys(others) if other not in (string, *held_out)]
+    random.Random(f"wordings {seed}").shuffle(others)
+    return [dataclasses.replace(template, string=other) for other in others[:n]]
 
 
 def after_another(rows, others, rng, generic=None):

@@ -50,8 +50,8 @@ def make_parser(description=""):
     add("--generic", default="unknown", metavar="A,B|FILE",
         help="answers for forgotten rows, one drawn for each (default unknown; paper "
         "neutral,unknown, which learns more slowly); in a file each line is one")
-    add("--rewordings", type=number(int, 0), default=8, metavar="N",
-        help="other wordings of the template to train in, too, at most (default 8, paper 0)")
+    add("--rewordings", type=number(int, 0), default=32, metavar="N",
+        help="other wordings of the template to train in, too, at most (default 32, paper 0)")
     add("--single", action="store_true",
         help="no rows asked after another row (paper)")
     add("--write-retain", type=number(int, 1), metavar="N",

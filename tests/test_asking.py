@@ -8,12 +8,16 @@ import pytest
 import train
 from data import TEMPLATES, Row, Template, epoch_batches, make_example, prompt_ids
 from support import asking
-from support.asking import after_another, reworded, training_ways, understood, wordings
+from support.asking import after_another, reworded, training_ways, understanding, wordings
 from support.elsewhere import ways_to_ask
 from support.options import PAPER
 from tests.helpers import call, logged, small_batch, tiny, train_args, without
 
 QUESTION = TEMPLATES["question"]
+
+
+def always(*_):
+    return True
 
 
 def rows_of(n, label, **more):
@@ -46,7 +50,7 @@ def test_a_row_after_another_is_that_ones_query_and_answer_and_then_its_own(toke
 
 def test_a_retain_row_follows_a_forget_row_and_its_generic_answer():
     forget, retain = rows_of(3, "yes"), rows_of(5, "no")
-    *_, (template, mixed_forget, mixed_retain) = training_ways(options(), forget, retain)
+    *_, ([template], mixed_forget, mixed_retain) = training_ways(options(), forget, retain, always)
     assert template == QUESTION
     for row in mixed_forget:
         (_, said), (_, answer) = row.turns
@@ -67,7 +71,7 @@ def test_rows_that_are_prompts_stand_alone():
     raw = rows_of(2, "yes", raw=True)
     assert after_another(raw, rows_of(2, "no"), None) == raw
     assert after_another(rows_of(2, "no"), raw, None) == rows_of(2, "no")
-    assert len(training_ways(options(), raw, raw)) == 1
+    assert len(training_ways(options(), raw, raw, always)) == 1
 
 
 # ----------------------------------------------------------------------------------------- wordings
@@ -78,20 +82,32 @@ OWN = Template("Tell me: {text}\n\n## Answer:")
 
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), OWN])
 def test_wordings_to_train_in_are_others_than_those_to_measure_in(template):
-    ours = {other.string for other in wordings(template)}
-    assert len(ours) >= 2 and all(string.count("{text}") == 1 for string in ours)
-    assert not ours & {template.string, *(other.string for other in reworded(template))}
+    ours = [other.string for other in wordings(template, 100, 0)]
+    assert len(ours) == len(set(ours)) >= 32
+    assert all(string.count("{text}") == 1 for string in ours)
+    assert not {template.string, *(other.string for other in reworded(template))} & set(ours)
+    assert [other.string for other in wordings(template, 5, 0)] == ours[:5]
+    assert [other.string for other in wordings(template, 5, 1)] != ours[:5]
 
 
 def test_the_papers_way_is_one_and_each_option_adds_to_it():
-    rows = rows_of(2, "yes"), rows_of(2, "no")
-    assert len(training_ways(options(rewordings=0, single=True), *rows)) == 1
-    assert len(training_ways(options(rewordings=2, single=True), *rows)) == 3
-    assert len(training_ways(options(rewordings=0), *rows)) == 2
+    def ways_of(**changed):
+        return training_ways(options(**changed), rows_of(2, "yes"), rows_of(2, "no"), always)
+
+    assert len(ways_of(rewordings=0, single=True)) == 1
+    assert len(ways_of(rewordings=2, single=True)) == 3
+    assert len(ways_of(rewordings=0)) == 2
     more = [Template("{text}?")]
-    ways = training_ways(options(rewordings=0, single=True, more_templates=more), *rows)
-    assert [way[0] for way in ways] == [QUESTION, *more]
+    ways = ways_of(rewordings=0, single=True, more_templates=more)
+    assert [way[0] for way in ways] == [[QUESTION], more]
     assert PAPER["rewordings"] == 0 and PAPER["single"]
+
+
+def test_each_row_is_asked_in_several_wordings_in_turn():
+    ways = training_ways(options(rewordings=9, single=True), rows_of(2, ""), [], always)
+    assert [len(templates) for templates, *_ in ways] == [1, 9, 9, 9]
+    assert len({templates[0].string for templates, *_ in ways}) == 4
+    assert {t.string for t in ways[1][0]} == {t.string for t in ways[3][0]}
 
 
 def test_a_way_that_the_model_does_not_understand_is_left_out(tokenizer, monkeypatch):
@@ -103,9 +119,10 @@ def test_a_way_that_the_model_does_not_understand_is_left_out(tokenizer, monkeyp
     hidden = asking.answer_hidden(llama, right)
     best = [llama.head(h).argmax(dim=-1).tolist() for h in hidden]
     right = [type(e)((*e.ids[: -e.n], *ids), e.n, "", False) for e, ids in zip(right, best)]
-    ways = [("first", [], right), ("second", [], wrong), ("third", [], right)]
-    kept = understood(ways, llama, tokenizer, 100, 4)
-    assert [way[0] for way in kept] == ["first", "third"]
+    is_understood = understanding(llama, tokenizer, QUESTION, right, 100, 4)
+    assert is_understood(OWN, right) and not is_understood(OWN, wrong)
+    rows = rows_of(2, "yes"), rows_of(2, "no")
+    assert len(training_ways(options(), *rows, lambda *_: False)) == 1
 
 
 # ------------------------------------------------------------------------------------------ batches
