@@ -23,8 +23,8 @@ from data import Row, answer_ids, generic_ids, prompt_ids
 from spul import answer_hidden, load_prompt
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
-from support.elsewhere import elsewhere_table, examples_to_ask, true_labels, measure_elsewhere
-from support.elsewhere import texts_elsewhere, verdicts
+from support.elsewhere import elsewhere_table, examples_to_ask, leaves_out, measure_elsewhere
+from support.elsewhere import texts_elsewhere, true_labels, verdicts
 from support.files import check_json_path
 from support.general import held_out_texts
 from support.hardware import load_model, read_config, row_limit, window_warning
@@ -298,7 +298,9 @@ def table_command(args, model, tokenizer, phi, info, splits):
             print(f"{name}: {warning}")
         common = (model, tokenizer, examples, labels, generic)
         before[name] = measure(*common, batch_size=args.batch_size)
-        if phi is not None:
+        if leaves_out(name, before):
+            del before[name]
+        elif phi is not None:
             after[name] = measure(*common, phi, batch_size=args.batch_size)
     texts = held_out_texts(args, tokenizer, args.prompt or [], limit)
     texts = texts_elsewhere(args.model, tokenizer, limit, texts)

@@ -34,8 +34,8 @@ from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, sav
 from support.asking import training_ways, understanding
 from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
-from support.elsewhere import elsewhere_table, examples_to_ask, true_labels, measure_elsewhere
-from support.elsewhere import texts_elsewhere, verdicts
+from support.elsewhere import elsewhere_table, examples_to_ask, leaves_out, measure_elsewhere
+from support.elsewhere import texts_elsewhere, true_labels, verdicts
 from support.general import make_general, sentence_vectors
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
@@ -391,6 +391,8 @@ def measure_before(job):
     if job.objective.kl_shift == 0:  # those asked in the first way come first
         known["train retain"] = hidden[: len(job.measured["train retain"])]
     before = measure_splits(job, known=known)
+    for name in [name for name in before if leaves_out(name, before)]:
+        del before[name], job.measured[name]
     if job.general:
         job.general.compute_teacher(job.model, job.args.batch_size)
     return before, dict(zip(retain, hidden))

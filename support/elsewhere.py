@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from data import TEXT, Template, make_examples, read_rows
 from spul import answer_hidden
-from support.asking import UNDERSTOOD, after_another, in_other_chats, reworded, spread
+from support.asking import after_another, in_other_chats, reworded, spread
 from support.general import own_form, sentence_vectors, text_examples
 from support.processes import say
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
+ANSWERED = 0.5  # of what is right when asked in the first way
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
 # When a verdict is bad.
 CLEARLY = 1.5  # KL above so many times a harmless sentence's
@@ -62,6 +63,15 @@ def ways_to_ask(splits, template, generic):
                 after_another(part, others, rng, answers),
             )
     return ways
+
+
+def leaves_out(name, before):
+    """Whether a way to ask tells nothing: without a prompt the model hardly answers in it."""
+    first = before.get(name.split(",")[0])
+    if ", " not in name or first is None or right(before[name]) >= ANSWERED * right(first):
+        return False
+    say(f"{name}: left out: without a prompt {100 * right(before[name]):.0f} % right")
+    return True
 
 
 def examples_to_ask(splits, template, generic, tokenizer, limit):
@@ -245,18 +255,12 @@ def forgetting_verdict(before, after, labels):
 
 
 def otherwise_verdict(before, after):
-    """Whether rows to forget come back where they are asked otherwise than in training.
-
-    Where the model knows little when it is asked so, there is nothing to say.
-    """
+    """Whether rows to forget come back where they are asked otherwise than in training."""
     back = []
     for split in after:
-        if "forget, " not in split:
-            continue
         known = right(before[split])
         left = right(after[split])
-        asked_first = before[split.split(",")[0]]
-        if known > UNDERSTOOD * right(asked_first) and left > FORGOTTEN * known:
+        if "forget, " in split and left > FORGOTTEN * known:
             back.append(f"{split}: {100 * known:.0f} -> {100 * left:.0f} % right")
     if not back:
         return []

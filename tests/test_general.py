@@ -389,8 +389,16 @@ def test_the_verdict_says_that_rows_come_back_where_they_are_asked_otherwise():
     )
     after[otherwise]["accuracy"] = 0.3
     assert elsewhere.verdicts(before, after, {}, ["a", "b"]) == []
-    before[otherwise]["accuracy"] = after[otherwise]["accuracy"] = 0.2
-    assert elsewhere.verdicts(before, after, {}, ["a", "b"]) == []
+
+
+def test_a_way_in_which_the_model_hardly_answers_tells_nothing(capsys):
+    before = {"train forget": {"accuracy": 0.9}}
+    before["train forget, another template"] = {"accuracy": 0.4}
+    before["written retain, kept back"] = {"accuracy": 0.1}
+    assert [name for name in before if elsewhere.leaves_out(name, before)] == [
+        "train forget, another template"
+    ]
+    assert "left out: without a prompt 40 % right" in capsys.readouterr().out
 
 
 def test_rows_are_also_asked_in_a_template_that_was_not_trained():
