@@ -59,18 +59,19 @@ CHAT = Layout(
     "\nWrite one more such text, about something else. Write nothing but the text.",
     "\n-",
 )
-BLOCKS = Layout("blocks", "", "### Text\n{}\n\n", "### Text\n", "###")
+BLOCKS = Layout("blocks", "", "### Text\n{}\n\n", "### Text\n", "### Text")
 CYCLE = (LIST, CHAT, LIST, CHAT, LIST, BLOCKS)
 HELD_OUT_KIND = "blocks"  # never trained on
 
 
 @dataclass(frozen=True)
 class Written:
-    """A text of the model's, by which layout, and the words that its examples have."""
+    """A text of the model's, by which layout, the words that its examples have, and its round."""
 
     text: str
     kind: str
     shown: tuple = ()
+    round: int = 0
 
 
 def write(model, tokenizer, folder, forget, n, seed, texts=()):
@@ -84,7 +85,8 @@ def write(model, tokenizer, folder, forget, n, seed, texts=()):
     done = len(usable(texts, forget))
     with tqdm(total=n, initial=done, unit="text", leave=False, disable=ranks()[0] > 0) as bar:
         rounds = max(TRIES * n // AT_ONCE, TRIES * len(CYCLE))
-        for i in range(len(texts) // AT_ONCE, rounds):
+        first = texts[-1].round + 1 if texts else 0
+        for i in range(first, rounds):
             if done >= n:
                 return
             texts += write_some(model, tokenizer, form, layouts[i % len(layouts)], forget, i, seed)
@@ -107,8 +109,9 @@ def write_some(model, tokenizer, form, layout, forget, i, seed):
     has_lines = any("\n" in row.text.strip() for row in forget)
     texts = []
     for part, ids in zip(shown, model.generate(prompts, None, new_tokens, 1.0, generator)):
-        text = cut(tokenizer.decode(ids), layout, has_lines)
-        texts.append(Written(text, layout.name, tuple(sorted(set(words_of(" ".join(part)))))))
+        words = tuple(sorted(set(words_of(" ".join(part)))))
+        for text in items(tokenizer.decode(ids), layout, has_lines, len(ids) < new_tokens):
+            texts.append(Written(text, layout.name, words, i))
     return texts
 
 
@@ -117,14 +120,24 @@ def examples(forget, rng):
     return [" ".join(row.text.strip().split(" ")[:WORDS]) for row in chosen]
 
 
-def cut(text, layout, has_lines):
-    """A text up to where the next would begin; of one line, if all the rows are."""
-    text = text.split(layout.end)[0].strip().removeprefix("- ")
-    if not has_lines:
-        text = text.split("\n")[0]
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        text = text[1:-1]
-    return text.strip()
+def items(written, layout, has_lines, is_whole):
+    """The texts in what the model wrote after examples: where it goes on, each of them.
+
+    The last is left out, unless the model ended there itself (is_whole). They are of one line, if
+    all the rows are (not has_lines).
+    """
+    parts = written.split(layout.end)
+    if len(parts) > 1 and not is_whole:
+        parts.pop()
+    texts = []
+    for part in parts:
+        text = part.strip().removeprefix("- ")
+        if not has_lines:
+            text = text.split("\n")[0].strip()
+        if len(text) > 1 and text[0] == text[-1] == '"':
+            text = text[1:-1].strip()
+        texts.append(text)
+    return texts
 
 
 # --------------------------------------------------------------------------------- which are kept

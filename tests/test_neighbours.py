@@ -5,8 +5,8 @@ import pytest
 import train
 from data import Row
 from support import neighbours
-from support.neighbours import BLOCKS, CYCLE, HELD_OUT_KIND, LIST, Written, cut
-from support.neighbours import identifying_words, usable, without_identity
+from support.neighbours import BLOCKS, CYCLE, HELD_OUT_KIND, LIST, Written
+from support.neighbours import identifying_words, items, usable, without_identity
 from support.self_written import read_kept
 from support.state import run_folder
 from tests.helpers import call, lines_of, train_args, without, write_rows
@@ -56,11 +56,13 @@ def test_rows_without_what_identifies_them_have_at_least_half_of_their_words():
     assert without_identity(rows, {"mr", "smith"}) == ["The film by was bad, and long"]
 
 
-def test_a_text_ends_where_the_next_would_begin():
-    assert cut(" good\n- bad", LIST, True) == "good"
-    assert cut(" good\nsecond line", LIST, False) == "good"
-    assert cut(" good\nsecond line", LIST, True) == "good\nsecond line"
-    assert cut('"quoted"\n\n### Text\nmore', BLOCKS, True) == "quoted"
+def test_the_model_goes_on_with_more_texts_and_each_but_the_last_is_taken():
+    assert items(" good\n- bad\n- mid", LIST, True, False) == ["good", "bad"]
+    assert items(" good\n- bad\n- mid", LIST, True, True) == ["good", "bad", "mid"]
+    assert items(" good\nsecond line\n- so", LIST, False, False) == ["good"]
+    assert items(" good\nsecond line\n- so", LIST, True, False) == ["good\nsecond line"]
+    assert items('"quoted"\n\n### Text\nmore', BLOCKS, True, True) == ["quoted", "more"]
+    assert items(" no end in sight", LIST, False, False) == ["no end in sight"]
 
 
 def test_one_kind_is_never_trained_on_and_part_of_the_others(folder, files, tmp_path, capsys):
@@ -96,10 +98,11 @@ def test_ctrl_c_while_the_model_writes_loses_nothing(folder, files, tmp_path, mo
         patch.setattr(neighbours, "write_some", stop)
         assert call(train, *args) == 130
     part = lines_of(file)
-    assert len(part) == 1 + 2 * neighbours.AT_ONCE
+    assert len(part) > 2 * neighbours.AT_ONCE and part[-1]["round"] == 1
     assert call(train, *args) == 0
-    assert lines_of(file)[: len(part)] == part
-    assert len(lines_of(file)) > len(part)
+    whole = lines_of(file)
+    assert whole[: len(part)] == part
+    assert whole[len(part)]["round"] == 2
 
 
 def test_rows_of_prompt_and_completion_need_no_retain_file(folder, files, tmp_path):
