@@ -291,7 +291,8 @@ def elsewhere_cells(found, more, side):
     """Accuracy of the splits and asked otherwise, then what other text becomes."""
     splits = found[side]
     names = ["train forget", "train retain", "test forget", "test retain"]
-    names += [f"train {end}, another template" for end in ("forget", "retain")]
+    for what in ("another template", "a third template"):
+        names += [f"train {end}, {what}" for end in ("forget", "retain")]
     names += ["train forget, after a retain row", "train retain, after a forget row"]
     cells = [percent(splits[name]["accuracy"]) if name in splits else "" for name in names]
     for what in ("general text", "text by people", "the same, no chat"):
@@ -350,6 +351,8 @@ ELSEWHERE = [
     "test forget",
     "test retain",
     "another template: forget",
+    "retain",
+    "a third: forget",
     "retain",
     "after a row of the other side: forget",
     "retain",

@@ -60,13 +60,15 @@ OPENINGS = {
 ENDINGS = {
     TEMPLATES["sentiment"].string: (
         "\nQuestion: What is the sentiment of the text?\nAnswer:",
-        "\n\nIt sounds",
         "\nMood:",
         "\nOutput:",
         "\n\nPositive or negative:",
-        "\nWhat they felt was",
-        "\n# Label\n=>",
-        " All in all, that is",
+        "\nRating:",
+        "\nVerdict:",
+        "\nThe tone is",
+        "\nThe mood is",
+        "\nThe author's opinion is",
+        "\nGood or bad? To me it was",
     ),
     TEMPLATES["question"].string: (
         "\nA:",

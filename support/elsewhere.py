@@ -50,9 +50,9 @@ def ways_to_ask(splits, template, generic):
         if template.chat:
             for what, way in in_other_chats(template, part).items():
                 ways[f"{name}, {what}"] = way
-        for other in reworded(template)[:1]:
+        for what, other in zip(("another template", "a third template"), reworded(template)):
             if not template.chat and other.space == template.space:  # the same ids of answers
-                ways[f"{name}, another template"] = (other, part)
+                ways[f"{name}, {what}"] = (other, part)
         own, side = ("forget", "retain") if "forget" in name else ("retain", "forget")
         others = splits.get(name.replace(own, side))
         if others:

@@ -70,7 +70,9 @@ def test_the_prompt_folder_says_what_it_is(folder, trained, files):
     assert info["generic"] == ["unknown"]
     assert info["options"]["num_tokens"] == info["p"] == 4
     splits = {"train forget", "train retain", "test forget", "test retain"}
-    asked_otherwise = {f"train {side}, another template" for side in ("forget", "retain")}
+    asked_otherwise = set()
+    for what in ("another template", "a third template"):
+        asked_otherwise |= {f"train {side}, {what}" for side in ("forget", "retain")}
     asked_otherwise |= {"train forget, after a retain row", "train retain, after a forget row"}
     for results in (info["results"]["with"], info["results"]["without"]):
         assert set(results) == splits | asked_otherwise
@@ -521,8 +523,8 @@ def test_eval_finds_the_figures_that_training_printed(plain, folder, files, trai
     for side in ("without", "with"):
         for split, metrics in got[side].items():
             assert metrics == pytest.approx(results_of(trained)[side][split], rel=1e-4)
-    asked_otherwise = "train forget, another template"
-    assert set(got["with"]) == {"train forget", asked_otherwise, "test retain"}
+    asked_otherwise = {f"train forget, {what} template" for what in ("another", "a third")}
+    assert set(got["with"]) == {"train forget", *asked_otherwise, "test retain"}
 
 
 @pytest.mark.parametrize("plain", [[], ["--plain"]], ids=["fast", "plain"])

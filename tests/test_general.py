@@ -405,9 +405,10 @@ def test_rows_are_also_asked_in_a_template_that_was_not_trained():
     rows = [Row(f"text {i}", "positive", "") for i in range(150)]
     splits = {"train forget": rows, "test retain": rows}
     ways = elsewhere.ways_to_ask(splits, TEMPLATES["sentiment"], ["unknown"])
-    assert list(ways) == ["train forget", "train forget, another template", "test retain"]
-    template, some = ways["train forget, another template"]
-    assert template.string != TEMPLATES["sentiment"].string
+    another, third = "train forget, another template", "train forget, a third template"
+    assert list(ways) == ["train forget", another, third, "test retain"]
+    template, some = ways[another]
+    assert len({TEMPLATES["sentiment"].string, template.string, ways[third][0].string}) == 3
     assert len(some) == elsewhere.OTHER_ROWS
 
 
