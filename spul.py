@@ -114,7 +114,7 @@ class Objective:
     the answer.
     """
 
-    alpha: float = 4.0  # paper 1
+    alpha: float = 3.0  # paper 1
     beta: float = 0.5  # paper
     kl_position: str = "aligned"
     gamma: float = 16.0  # paper 0

@@ -478,7 +478,7 @@ def test_the_loss_is_the_weighted_sum():
 
 
 def test_the_default_weights_keep_more_than_the_papers():
-    assert Objective() == Objective(alpha=4.0, beta=0.5, kl_position="aligned", gamma=16.0)
+    assert Objective() == Objective(alpha=3.0, beta=0.5, kl_position="aligned", gamma=16.0)
 
 
 def test_losses_of_bf16_logits_are_computed_in_float32():
@@ -588,7 +588,7 @@ def test_the_log_has_a_line_for_each_step_with_every_loss_term(trained):
     names = set("step epoch lr loss loss_f loss_r loss_kl n_f n_r grad_norm seconds".split())
     for line in lines:
         assert set(line) == names
-        total = line["loss_f"] + 4 * line["loss_r"] + 0.5 * line["loss_kl"]
+        total = line["loss_f"] + 3 * line["loss_r"] + 0.5 * line["loss_kl"]
         assert line["loss"] == pytest.approx(total, rel=1e-5)
     assert sum(line["n_f"] for line in lines) == 2 * 12
     assert sum(line["n_r"] for line in lines) == 2 * 40

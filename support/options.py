@@ -37,7 +37,7 @@ def make_parser(description=""):
     add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
         help="encoder width (default 128, released code); 0: free vectors")
     add("--alpha", type=number(float, 0), default=Objective.alpha,
-        help="weight of L_r (default 4, paper 1)")
+        help="weight of L_r (default 3, paper 1)")
     add("--beta", type=number(float, 0), default=Objective.beta,
         help="weight of L_kl (default 0.5, paper)")
     add("--gamma", type=number(float, 0), default=Objective.gamma,

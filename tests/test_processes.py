@@ -26,6 +26,7 @@ def test_two_processes_give_the_losses_of_one(how, folder, files, tmp_path):
     rows = [{"text": f"text {i} of the {i * 7} red and blue cats by the sea"} for i in range(20)]
     texts = write_rows(tmp_path / "general.jsonl", rows)
     options = ["--batch-size", 17, "--epochs", 4, "--init", "random", "--lr", 3e-3]
+    options += ["--forget-per-batch", "natural"]
     options += ["--gamma", 1, "--general", texts]
     assert call(train, *train_args(folder, files, tmp_path / "one", *options)) == 0
     done = torchrun(2, *train_args(folder, files, tmp_path / "two", *options), *how)
