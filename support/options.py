@@ -50,8 +50,9 @@ def make_parser(description=""):
     add("--generic", default="unknown", metavar="A,B|FILE",
         help="answers for forgotten rows, one drawn for each (default unknown; paper "
         "neutral,unknown, which learns more slowly); in a file each line is one")
-    add("--rewordings", type=number(int, 0), default=32, metavar="N",
-        help="other wordings of the template to train in, too, at most (default 32, paper 0)")
+    add("--rewordings", type=number(int, 0), metavar="N",
+        help="other wordings of the template to train in, too, at most (default 32; paper 0, and "
+        "the demo, whose model hardly understands others)")
     add("--single", action="store_true",
         help="no rows asked after another row (paper)")
     add("--write-retain", type=number(int, 1), metavar="N",
@@ -99,6 +100,8 @@ def parse(argv, description=""):
     check_required(args, "model", "forget")
     args.out = args.out or (str(DEMO / "prompt") if is_demo else "prompt")
     args.epochs = args.epochs or (6 if is_demo else 10)
+    if args.rewordings is None:
+        args.rewordings = 0 if is_demo else 32
     args.generic = read_generic(args.generic)
     k = args.forget_per_batch
     if isinstance(k, int) and k >= args.batch_size:
