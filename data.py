@@ -345,17 +345,17 @@ def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=None, ways
     rows = len(examples) // ways
     forget = [i for i, e in enumerate(examples[:rows]) if e.forget]
     retain = [i for i, e in enumerate(examples[:rows]) if not e.forget]
+    k = 0 if forget_per_batch in (None, "share") else forget_per_batch
     if forget_per_batch == "share":
         batches = shared_out(forget, retain, batch_size, examples, rng)
     else:
-        k = forget_per_batch or 0
         pool = retain if k else forget + retain
         rng.shuffle(pool)
         size = batch_size - k
         pool = sort_in_windows(pool, range(0, len(pool), WINDOW * size), examples)
         batches = [pool[i : i + size] for i in range(0, len(pool), size)]
     rng.shuffle(batches)
-    if forget_per_batch and forget_per_batch != "share":
+    if k:
         add_forget_rows(batches, forget, k, rng)
     if ways > 1:
         for n, batch in enumerate(batches):

@@ -293,8 +293,8 @@ def prepare(args, splits, mode, change=None):
     limit = row_limit(args, args.num_tokens)
     measured = {}
     cut = 0
-    ask = (splits, args.template, args.generic, tokenizer, limit)
-    for name, found, n in examples_to_ask(*ask):
+    asked_in = splits, args.template, args.generic
+    for name, found, n in examples_to_ask(*asked_in, tokenizer, limit):
         measured[name] = found
         cut += n if name in ("train forget", "train retain") else 0
     examples, ways = training_examples(args, splits, model, tokenizer)
@@ -346,8 +346,10 @@ def training_examples(args, splits, model, tokenizer):
     """The rows to train on, asked in each way -> Examples, and the number of ways."""
     limit = row_limit(args, args.num_tokens)
     forget, retain = splits["train forget"], splits["train retain"]
-    options = args.template, retain, limit, args.batch_size
-    ways = training_ways(args, forget, retain, understanding(model, tokenizer, *options))
+    is_understood = understanding(
+        model, tokenizer, args.template, retain, limit, args.batch_size
+    )
+    ways = training_ways(args, forget, retain, is_understood)
     examples = []
     for templates, forget, retain in ways:
         rng = random.Random(f"generic {args.seed}")  # a row has the same answer in all ways
@@ -378,7 +380,7 @@ def measure_splits(job, phi=None, known=None):
 
 def measure_before(job):
     """Without the prompt: {split: what is measured}, and {index: (n, d)}, the teacher's outputs."""
-    rows = len(job.examples) // job.ways
+    rows = len(job.examples) // job.ways  # of the first way: they are measured, too
     asked = set(range(rows)).union(*(batch for batches in job.plan for batch in batches))
     retain = [i for i in sorted(asked) if not job.examples[i].forget]
     hidden = answer_hidden(

@@ -142,16 +142,19 @@ def training_ways(args, forget, retain, is_understood):
     for i in range(times):
         first = i * len(others) // times
         ways.append((others[first:] + others[:first], forget, retain))
-    later_ways = []
+    after_turns = []  # with something before the row
     if template.chat and args.rewordings:
-        later_ways.append(([template], later(forget, TURNS), later(retain, TURNS)))
+        after_turns.append((later(forget, TURNS), later(retain, TURNS)))
     if not args.single:
         rng = random.Random(f"another {args.seed}")
         mixed_forget = after_another(forget, retain, rng)
         mixed_retain = after_another(retain, forget, rng, args.generic)
         if (mixed_forget, mixed_retain) != (forget, retain):
-            later_ways.append(([template], mixed_forget, mixed_retain))
-    return ways + [way for way in later_ways if is_understood(template, way[2])]
+            after_turns.append((mixed_forget, mixed_retain))
+    for forget, retain in after_turns:
+        if is_understood(template, retain):
+            ways.append(([template], forget, retain))
+    return ways
 
 
 def understanding(model, tokenizer, template, retain, limit, batch_size):

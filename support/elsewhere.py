@@ -214,7 +214,7 @@ def verdicts(before, after, elsewhere, labels):
                 f"{result['sentence_kl']:.2f}"
             )
     for split in after:
-        if ", " in split and split.split()[1].startswith("retain"):
+        if "retain, " in split:
             reasons += template_reason(split, before[split], after[split])
     if reasons:
         lines.append(

@@ -22,8 +22,8 @@ from support.rows import normalised
 
 EXAMPLES = 6  # before a text that is to be like them
 WORDS = 60  # of an example, at most
-TOKENS = 128  # of a text, at most, and
-MORE = 8  # than the longest row has
+TOKENS = 128  # that the model writes after examples, at most,
+MORE = 8  # and at most so many more than the longest row has
 AT_ONCE = 32
 TRIES = 6  # times as many texts as needed
 OFTEN = 4  # a word identifies the rows if it is so many times as frequent there
@@ -46,7 +46,7 @@ class Layout:
     def ids(self, texts, tokenizer, form):
         """The ids before a text. form: the model's chat template, for the layout that needs it."""
         string = self.before + "".join(self.item.format(text) for text in texts) + self.opening
-        if self.name == "chat":
+        if self.name == CHAT.name:
             return prompt_ids(Row(string, None, ""), tokenizer, form)
         return tokenizer.bos + tokenizer.encode(string)
 
@@ -61,7 +61,7 @@ CHAT = Layout(
 )
 BLOCKS = Layout("blocks", "", "### Text\n{}\n\n", "### Text\n", "### Text")
 CYCLE = (LIST, CHAT, LIST, CHAT, LIST, BLOCKS)
-HELD_OUT_KIND = "blocks"  # never trained on
+HELD_OUT_KIND = BLOCKS.name  # never trained on
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def write(model, tokenizer, folder, forget, n, seed, texts=()):
     """
     form = own_form(folder, tokenizer)
     layouts = [layout for layout in CYCLE if layout != CHAT or form.chat]
+    longest = max(len(tokenizer.encode(row.text)) for row in forget)
     texts = list(texts)
     done = len(usable(texts, forget))
     with tqdm(total=n, initial=done, unit="text", leave=False, disable=ranks()[0] > 0) as bar:
@@ -89,20 +90,21 @@ def write(model, tokenizer, folder, forget, n, seed, texts=()):
         for i in range(first, rounds):
             if done >= n:
                 return
-            texts += write_some(model, tokenizer, form, layouts[i % len(layouts)], forget, i, seed)
+            layout = layouts[i % len(layouts)]
+            tokens = min(TOKENS, longest + MORE)
+            texts += write_some(model, tokenizer, form, layout, forget, tokens, i, seed)
             done = len(usable(texts, forget))
             bar.update(min(done, n) - bar.n)
             yield texts
 
 
-def write_some(model, tokenizer, form, layout, forget, i, seed):
-    """The texts of round i."""
+def write_some(model, tokenizer, form, layout, forget, tokens, i, seed):
+    """The texts of round i: what the model writes in so many tokens after each of its examples."""
     rng = random.Random(f"examples {seed} {i}")
     shown = [examples(forget, rng) for _ in range(AT_ONCE)]
     prompts = [layout.ids(part, tokenizer, form) for part in shown]
-    longest = max(len(tokenizer.encode(row.text)) for row in forget)
     room = model.config.max_position_embeddings - max(map(len, prompts))
-    new_tokens = min(TOKENS, longest + MORE, room)
+    new_tokens = min(tokens, room)
     if new_tokens < 1:
         raise ValueError("the rows to forget are too long to be examples: give --retain FILE")
     generator = torch.Generator(model.device).manual_seed((seed * 1_000_003 + i) % 2**63)

@@ -42,8 +42,9 @@ def read_written(file, head=None):
         return []
     try:
         first, *texts = [json.loads(line) for line in read_text(file).split("\n") if line]
-        if not all(isinstance(text["text"], str) for text in texts):
-            return []
+        for text in texts:
+            if not isinstance(text["text"], str) or not isinstance(text.get("label"), str | None):
+                return []
     except (ValueError, KeyError, TypeError):  # somebody else's: it is written anew
         return []
     return texts if head in (None, first) else []

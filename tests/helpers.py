@@ -297,6 +297,19 @@ def call(module, *args):
     return stop.value.code
 
 
+def interrupted_at(n, function):
+    """The function, but its n-th call is Ctrl-C."""
+    calls = []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return function(*given)
+
+    return interrupted
+
+
 def train_args(folder, files, out, *more, tests=False):
     args = ["--model", folder, "--out", out, "--num-tokens", 4, "--encoder-hidden", 8]
     args += ["--epochs", 2, "--batch-size", 8, "--dtype", "fp32", "--gamma", 0]

@@ -19,7 +19,7 @@ from support.options import PAPER
 from support.state import run_folder
 from support.tokenizer import Tokenizer
 from support.writing import read_written
-from tests.helpers import BOTH, SHAPES, call, concatenated, lines_of, logged, phi_of
+from tests.helpers import BOTH, SHAPES, call, concatenated, interrupted_at, lines_of, logged, phi_of
 from tests.helpers import small_batch, stop_at, teacher_of, tiny, train_args, without, write_rows
 
 
@@ -187,17 +187,8 @@ def test_the_model_writes_different_texts_and_a_stop_loses_none(
 ):
     args = with_gamma(train_args(folder, files, tmp_path / "p"))
     file = run_folder(tmp_path / "p") / "general.jsonl"
-    real = general.write_some
-    calls = []
-
-    def stop(*given):
-        calls.append(given)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*given)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(general, "write_some", stop)
+        patch.setattr(general, "write_some", interrupted_at(3, general.write_some))
         assert call(train, *args) == 130
     kept = lines_of(file)
     assert len(kept) > general.WRITTEN_AT_ONCE
@@ -241,8 +232,8 @@ def test_a_file_that_is_broken_is_written_anew(tmp_path):
     file.write_text(whole)
     assert read_written(file, {"seed": 1}) == read_written(file) == texts
     assert read_written(file, {"seed": 2}) == []
-    numbers = whole.replace('"a cat"', "3")
-    for broken in ("", whole[:-5], whole.replace("text", "words"), numbers, "[]\n3\n"):
+    numbers = [whole.replace(f'"{text}"', "3") for text in ("a cat", "it is")]
+    for broken in ("", whole[:-5], whole.replace("text", "words"), *numbers, "[]\n3\n"):
         file.write_text(broken)
         assert read_written(file) == []
 

@@ -9,7 +9,7 @@ from support.neighbours import BLOCKS, CYCLE, HELD_OUT_KIND, LIST, Written
 from support.neighbours import identifying_words, items, usable, without_identity
 from support.self_written import read_kept
 from support.state import run_folder
-from tests.helpers import call, lines_of, train_args, without, write_rows
+from tests.helpers import call, interrupted_at, lines_of, train_args, without, write_rows
 
 FORGET = [Row(f"the film by mr smith was {word} and too long", "bad", "") for word in "abcdefgh"]
 
@@ -85,17 +85,8 @@ def test_one_kind_is_never_trained_on_and_part_of_the_others(folder, files, tmp_
 def test_ctrl_c_while_the_model_writes_loses_nothing(folder, files, tmp_path, monkeypatch):
     args = without(train_args(folder, files, tmp_path / "p", "--write-retain", 60), "--retain")
     file = run_folder(tmp_path / "p") / "texts.jsonl"
-    real = neighbours.write_some
-    rounds = []
-
-    def stop(*given):
-        rounds.append(given)
-        if len(rounds) == 3:
-            raise KeyboardInterrupt
-        return real(*given)
-
     with monkeypatch.context() as patch:
-        patch.setattr(neighbours, "write_some", stop)
+        patch.setattr(neighbours, "write_some", interrupted_at(3, neighbours.write_some))
         assert call(train, *args) == 130
     part = lines_of(file)
     assert len(part) > 2 * neighbours.AT_ONCE and part[-1]["round"] == 1
