@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from data import by_length, collate, common_prefix
 from support.files import read_json, write_json, write_tensors
@@ -147,7 +148,8 @@ def answer_hidden(model, examples, phi=None, shift=0, batch_size=32):
     rank, processes = ranks()
     rounds = math.ceil(len(batches) / processes)
     # Every process does as many rounds, as sharded weights require. A surplus one is dropped.
-    for turn in range(rank, rounds * processes, processes):
+    turns = range(rank, rounds * processes, processes)
+    for turn in tqdm(turns, "reading rows", unit="batch", leave=False, delay=5, disable=rank > 0):
         indices = batches[turn % len(batches)]
         batch = collate([examples[i] for i in indices], model.device, shared_ids, keep_last=shift)
         h = model.hidden(batch.tokens, prefix)  # (B, T, d)

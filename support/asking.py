@@ -10,9 +10,11 @@ import random
 import re
 
 import torch
+from tqdm import tqdm
 
 from data import TEMPLATES, TEXT, Template, make_examples
 from spul import answer_hidden
+from support.processes import ranks
 from support.templates import Chat
 
 # Templates that are never trained on. For one that is not here: the same without "#", and on one
@@ -92,7 +94,7 @@ TURNS = (
     ("assistant", "Hello! What would you like to know?"),
 )
 LONGEST_BEFORE = 60  # words of a row that stands before another
-TRIED = 50  # rows by which we see whether the model understands a way to ask
+TRIED = 25  # rows by which we see whether the model understands a way to ask
 UNDERSTOOD = 0.8  # of what it answers when asked in the first way
 
 
@@ -137,7 +139,8 @@ def training_ways(args, forget, retain, is_understood):
         others = [with_system(template, system) for system in SYSTEMS[: args.rewordings]]
     elif not all(row.raw for row in forget):
         others = wordings(template, args.rewordings, args.seed)
-    others = [other for other in others if other and is_understood(other, retain)]
+    asked = tqdm(others, "ways to ask", leave=False, delay=5, disable=ranks()[0] > 0)
+    others = [other for other in asked if other and is_understood(other, retain)]
     times = min(MIXED, len(others))
     for i in range(times):
         first = i * len(others) // times
