@@ -2,6 +2,7 @@
 
     python eval.py --model DIR [--prompt DIR] --forget FILE --retain FILE [--test-forget FILE]
     python eval.py --model DIR --prompt DIR --ask "a film by the director in question"
+    python eval.py --model DIR --prompt DIR --ask QUERIES.jsonl --out ANSWERS.jsonl
 
 Accuracy is the share of rows whose greedy answer is the true one, token for token. One
 teacher-forced pass decides it, because greedy decoding leaves the true answer at the first token
@@ -19,8 +20,9 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from data import Row, answer_ids, generic_ids, prompt_ids
+from data import Row, answer_ids, generic_ids
 from spul import answer_hidden, load_prompt
+from support.answers import Asking, answer_file, ask_command, match_answer, rows_to_ask
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
 from support.elsewhere import elsewhere_table, examples_to_ask, leaves_out, measure_elsewhere
@@ -28,11 +30,10 @@ from support.elsewhere import texts_elsewhere, true_labels, verdicts
 from support.files import check_json_path
 from support.general import held_out_texts
 from support.hardware import load_model, read_config, row_limit, window_warning
-from support.rows import check_rows, check_text
+from support.rows import check_rows
 from support.tables import COSTS, costs, report
 from support.templates import choose_template, template_from_json
 
-MAX_ANSWER = 256  # tokens of an answer in a chat
 MAX_LABELS = 50  # more different answers than this are not a label set
 
 
@@ -60,12 +61,6 @@ def score(model, hidden, examples, batch_size=32):
             best = best.tolist()
             scores.append((best == list(e.answer), math.fsum(of_answer.tolist()), best[0]))
     return scores
-
-
-def match_answer(ids, answers):
-    """The longest of the answers, {answer: its ids}, that ids begin with, or None."""
-    fits = [name for name, own in answers.items() if ids[: len(own)] == own]
-    return max(fits, key=lambda name: len(answers[name]), default=None)
 
 
 def predict(tokenizer, examples, scores, answers, generate, batch_size=32):
@@ -248,36 +243,24 @@ def template_of(args, info, rows=()):
     return choose_template(args, rows, trained)
 
 
-def ask(model, tokenizer, row, template, labels, room, generate):
-    """The greedy answer to a row: a label if there are labels and it is one; else one line, or in
-    a chat all that the model says, up to MAX_ANSWER tokens.
-    """
-    ids = prompt_ids(row, tokenizer, template)
-    n = max(map(len, labels.values()), default=MAX_ANSWER if template.end else 64)
-    n = min(n, max(room - len(ids), 1))
-    if not ids or len(ids) + n > room:
-        raise ValueError(f"--ask: {len(ids)} tokens, but there is room for 1 to {room - n}")
-    new = generate([ids], n)[0]
-    answer = tokenizer.decode(new).strip()
-    return match_answer(new, labels) or (answer if template.end else answer.split("\n")[0])
-
-
-def ask_command(args, model, tokenizer, phi, info):
-    """--ask: print the answers without and with the prompt."""
-    text = args.ask.replace("\\n", "\n")  # a shell passes \n on as two characters
-    check_text(text, "--ask")
+def ask_with(args, model, tokenizer, phi, info, rows):
+    """--ask: the answers without and with the prompt, printed or written to --out."""
+    template = template_of(args, info, rows)
     is_raw = bool(info) and info["template"] is None and not args.template
-    template = template_of(args, info)
     labels = {}
     if info.get("labels") and not template.end:
-        rows = [Row(name, name, "", is_raw) for name in info["labels"]]
-        labels = label_set(rows, tokenizer, info["generic"], template)
-    row = Row(text, "", "--ask", is_raw)
+        named = [Row(name, name, "", is_raw) for name in info["labels"]]
+        labels = label_set(named, tokenizer, info["generic"], template)
     room = model.config.max_position_embeddings - (0 if phi is None else len(phi))
-    common = (model, tokenizer, row, template, labels, room)
-    print(f"without the prompt: {ask(*common, generator(model))}")
-    if phi is not None:
-        print(f"with the prompt:    {ask(*common, generator(model, phi))}")
+    asking = Asking(tokenizer, template, labels, room, is_raw)
+    if args.out:
+        generators = {"without": generator(model)}
+        generators |= {} if phi is None else {"with": generator(model, phi)}
+        answer_file(args, rows, asking, generators)
+        return
+    generators = {"without the prompt:": generator(model)}
+    generators |= {} if phi is None else {"with the prompt:": generator(model, phi)}
+    ask_command(args, asking, generators)
 
 
 def table_command(args, model, tokenizer, phi, info, splits):
@@ -317,7 +300,11 @@ def main(argv=None):
     add = parser.add_argument_group("what to measure").add_argument
     add("--prompt", type=non_empty, action="append", metavar="DIR",
         help="the folder that train.py wrote; several times for prompts one after the other")
-    add("--ask", metavar="TEXT", help="show the answers to one text instead")
+    add("--ask", nargs="?", const=True, metavar="TEXT",
+        help="show the answers to one text instead; without a text, to each line that is typed; "
+        "with --out, to each row of a FILE")
+    add("--out", type=non_empty, metavar="FILE",
+        help="with --ask FILE: write the answers here, JSON Lines")
     add("--general", type=non_empty, metavar="FILE",
         help="general text: a fifth of it, held out of training, is measured (default: of what "
         "the model wrote for the prompt)")
@@ -326,6 +313,7 @@ def main(argv=None):
     is_demo = use_demo(args)
     if is_demo and not args.prompt and (DEMO / "prompt" / "spul.json").exists():
         args.prompt = [str(DEMO / "prompt")]
+    rows = rows_to_ask(args)
     splits = {} if args.ask is not None else read_splits(args)
     if not splits and args.ask is None:
         raise ValueError(
@@ -341,12 +329,12 @@ def main(argv=None):
     if args.prompt:
         phi, info = load_prompts(args.prompt, config, args.model)
     check_rows(splits)
-    template_of(args, info)  # a bad one is found before the model is loaded
+    template_of(args, info, rows)  # a bad one is found before the model is loaded
     model, tokenizer = load_model(args)
     if phi is not None:
         phi = phi.to(model.device)
     if args.ask is not None:
-        ask_command(args, model, tokenizer, phi, info)
+        ask_with(args, model, tokenizer, phi, info, rows)
     else:
         table_command(args, model, tokenizer, phi, info, splits)
 

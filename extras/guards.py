@@ -31,16 +31,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import Example, Row, answer_ids, by_length, collate, make_examples
-from eval import ask, generator, label_set, measure, score
+from eval import generator, label_set, measure, score
 from eval import template_of
 from extras.finetune import accuracy
 from spul import answer_hidden
+from support.answers import Asking
+from support.answers import ask_command as answer_command
 from support.cli import Parser, add_options, check_required, non_empty, number, read_splits, run
 from support.cli import use_demo
 from support.files import check_json_path, read_json, weight_files, write_json, write_tensors
 from support.hardware import load_llama, load_model, peak_memory, row_limit
 from support.identity import check_fingerprint, fingerprint
-from support.rows import check_text
 from support.tables import METRICS, report
 from support.templates import template_from_json, template_to_json
 
@@ -528,8 +529,6 @@ def measure_guarded(
 
 def ask_command(args, model, tokenizer, guard, info):
     """--ask: print the answers without and with the guard."""
-    text = args.ask.replace("\\n", "\n")  # a shell passes \n on as two characters
-    check_text(text, "--ask")
     template = template_of(args, info)
     labels = {}
     if info.get("labels"):
@@ -543,9 +542,9 @@ def ask_command(args, model, tokenizer, guard, info):
         examples, embed, _ = guard.apply(model, tokenizer, examples)
         return guarded_generator(model, embed)([e.prompt for e in examples], n)
 
-    common = (model, tokenizer, Row(text, "", "--ask"), template, labels, room)
-    print(f"without the prompt: {ask(*common, generator(model))}")
-    print(f"with the prompt:    {ask(*common, generate)}")
+    asking = Asking(tokenizer, template, labels, room)
+    generators = {"without the prompt:": generator(model), "with the prompt:": generate}
+    answer_command(args, asking, generators)
 
 
 def table_command(args, model, tokenizer, guard, info, splits):

@@ -85,10 +85,10 @@ def check_not_inside_file(option, path):
             raise ValueError(f"{option} {path}: {place} is not a folder")
 
 
-def check_json_path(path):
-    """Raises ValueError if --json cannot be written to path."""
+def check_json_path(path, option="--json"):
+    """Raises ValueError if the option's file cannot be written to path."""
     if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ValueError(f"--json {path}: it is a folder, or its folder does not exist")
+        raise ValueError(f"{option} {path}: it is a folder, or its folder does not exist")
 
 
 GGUF = "GGUF files are not read: give the folder of safetensors that they were made from"

@@ -14,6 +14,7 @@ import eval as evaluate
 import train
 from data import Row, Template, answer_ids, make_example, prompt_ids, read_rows
 from spul import load_prompt
+from support.answers import MAX_ANSWER
 from support.hardware import load_model
 from support.templates import Chat, read_template, template_from_json, template_to_json
 from support.tokenizer import Tokenizer
@@ -395,7 +396,7 @@ def test_ask_chats_in_the_prompts_template(chat_run, capsys, monkeypatch):
     template = read_template("chat", folder)
     wanted = prompt_ids(Row("Who?", "", ""), Tokenizer(folder), template)
     assert [ids for ids, _ in seen] == [wanted, wanted]
-    assert seen[0][1] == evaluate.MAX_ANSWER
+    assert seen[0][1] == MAX_ANSWER
 
 
 def test_a_row_of_several_turns_needs_a_chat_template(tmp_path, folder, tokenizer):
