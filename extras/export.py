@@ -1,14 +1,17 @@
 """Hand a prompt on to servers and to other tools.
 
     python -m extras.export --model DIR --prompt DIR --as vocabulary --out DIR
+    python -m extras.export --model DIR --prompt DIR --as gguf --out DIR
     python -m extras.export --model DIR --prompt DIR --as kv --out DIR
 
 vocabulary: a model folder in which the prompt's vectors are the embeddings of p new tokens,
 <|spul_0|>, <|spul_1|>, ... They stand before every text, also before BOS: the chat template and
-tokenizer.json put them there. So it works in every server that reads such folders, and in those
-that read what is made from one (GGUF). All other weights are the same bytes. The model's head is
-no longer its embedding: the new tokens have rows of their own there, which keep them from ever
-being said.
+tokenizer.json put them there. So it works in every server that reads such folders. All other
+weights are the same bytes. The model's head is no longer its embedding: the new tokens have rows of
+their own there, which keep them from ever being said.
+
+gguf: the same, for llama.cpp's convert_hf_to_gguf.py. It knows a tokenizer by the ids of a text, so
+tokenizer.json puts nothing new before texts; the chat template does. No server adds BOS.
 
 kv: the prompt's keys and values in each layer, as a folder of peft's PREFIX_TUNING, for servers and
 people that keep such a cache.
@@ -53,10 +56,11 @@ NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".model", ".onnx")
 # ------------------------------------------------------------------------------------- vocabulary
 
 
-def export_vocabulary(folder, phi, info, out):
+def export_vocabulary(folder, phi, info, out, is_gguf=False):
     """Write the model of `folder` with phi (p, d) in its vocabulary to `out`.
 
-    Raises ValueError or OSError where that cannot be; then there is no folder `out`.
+    is_gguf: tokenizer.json does not put it before texts. Raises ValueError or OSError where that
+    cannot be; then there is no folder `out`.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -71,18 +75,18 @@ def export_vocabulary(folder, phi, info, out):
         settings = read_json(folder / "config.json")
         settings |= {"vocab_size": size, "tie_word_embeddings": False}
         write_json(new / "config.json", settings)
-        write_tokenizer(folder, new, tokenizer, names, first)
+        write_tokenizer(folder, new, tokenizer, names, first, is_gguf)
         write_chat_templates(folder, new, "".join(names))
         export = {
             "format": "spul vocabulary 1",
-            "prefix": "".join(names),
+            "prefix": "".join([*names, *bos_names(tokenizer)]),
             "ids": [first, first + len(phi) - 1],
             "base_sha256": info["base_sha256"],
             "template": info["template"],
             "generic": info["generic"],
         }
         write_json(new / EXPORT, export)
-        check_ids(folder, new, tokenizer, names, first)
+        check_ids(folder, new, tokenizer, names, first, is_gguf)
     return export
 
 
@@ -187,16 +191,16 @@ def copy_small_files(folder, new):
 # -------------------------------------------------------------------------------------- tokenizer
 
 
-def write_tokenizer(folder, new, tokenizer, names, first):
+def write_tokenizer(folder, new, tokenizer, names, first, is_gguf):
     """tokenizer.json with the new tokens, which it puts before every text, and its settings."""
     content = read_json(folder / "tokenizer.json")
-    by_id = {i: name for name, i in tokenizer.names.items()}
     content["added_tokens"] = content.get("added_tokens") or []
     added = [{"id": first + i, "content": name} | AS_SPECIAL for i, name in enumerate(names)]
     content["added_tokens"] += added
-    before = [*names, *(by_id[i] for i in tokenizer.bos)]
+    before = [*names, *bos_names(tokenizer)]
     ids = {name: first + i for i, name in enumerate(names)} | tokenizer.names
-    content["post_processor"] = putting_first(content.get("post_processor"), before, ids)
+    if not is_gguf:
+        content["post_processor"] = putting_first(content.get("post_processor"), before, ids)
     write_json(new / "tokenizer.json", content)
 
     settings = {}
@@ -204,12 +208,19 @@ def write_tokenizer(folder, new, tokenizer, names, first):
         settings = read_json(folder / "tokenizer_config.json")
     settings.pop("add_bos_token", None)  # with these transformers builds a post-processor anew
     settings.pop("add_eos_token", None)
+    if is_gguf:
+        settings["add_bos_token"] = False
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is
     if settings.get("added_tokens_decoder"):
         for token in added:
             token = dict(token)
             settings["added_tokens_decoder"][str(token.pop("id"))] = token
     write_json(new / "tokenizer_config.json", settings)
+
+
+def bos_names(tokenizer):
+    by_id = {i: name for name, i in tokenizer.names.items()}
+    return [by_id[i] for i in tokenizer.bos]
 
 
 AS_SPECIAL = {
@@ -276,13 +287,13 @@ def write_chat_templates(folder, new, prefix):
     write_json(new / "tokenizer_config.json", settings)
 
 
-def check_ids(folder, new, tokenizer, names, first):
+def check_ids(folder, new, tokenizer, names, first, is_gguf):
     """Raises ValueError unless the new folder reads texts as the old one, behind the new tokens."""
     exported = Tokenizer(new)
     ids = list(range(first, first + len(names)))
     texts = [row.text for row in read_rows(BY_PEOPLE)]
     prefix = "".join(names)
-    is_same = exported.bos == ids + tokenizer.bos
+    is_same = exported.bos == ([] if is_gguf else ids + tokenizer.bos)
     is_same = is_same and [exported.names.get(name) for name in names] == ids
     is_same = is_same and all(exported.encode(text) == tokenizer.encode(text) for text in texts)
     if is_same and has_chat_template(folder):
@@ -352,8 +363,9 @@ def main(argv=None):
     add("--model", type=non_empty, metavar="DIR", help="the model of the prompt's training")
     add("--prompt", type=non_empty, action="append", metavar="DIR",
         help="the folder that train.py wrote; several times for prompts one after the other")
-    add("--as", dest="form", choices=["vocabulary", "kv"], default="vocabulary",
-        help="a model folder with the prompt in its vocabulary (default), or keys and values")
+    add("--as", dest="form", choices=["vocabulary", "gguf", "kv"], default="vocabulary",
+        help="a model folder with the prompt in its vocabulary (default), the same to be converted "
+        "to GGUF, or keys and values")
     add("--out", type=non_empty, metavar="DIR", help="the new folder")
     args = parser.parse_args(argv)
     check_required(args, "model", "prompt", "out")
@@ -361,7 +373,7 @@ def main(argv=None):
     if Path(args.out).exists():
         raise ValueError(f"--out {args.out} is there already")
     config = read_config(args.model)
-    if args.form == "vocabulary":  # an exported folder is named as such, not as another model
+    if args.form != "kv":  # an exported folder is named as such, not as another model
         check_vocabulary(Path(args.model), Tokenizer(args.model), config)
     phi, info = load_prompts(args.prompt, config, args.model)
     if args.form == "kv":
@@ -371,15 +383,14 @@ def main(argv=None):
             f"{settings['num_layers']} layers: peft.PeftModel.from_pretrained(model, DIR)"
         )
         return
-    export = export_vocabulary(args.model, phi, info, args.out)
+    is_gguf = args.form == "gguf"
+    export = export_vocabulary(args.model, phi, info, args.out, is_gguf)
     first, last = export["ids"]
     print(f"{args.out}: a model with {len(phi)} new tokens, {first} to {last}")
     if has_chat_template(args.out):
         print("chat     the chat template puts them first")
-    print(
-        "text     tokenizer.json puts them first. Where a server adds no special tokens, each text "
-        f"begins with the string `prefix` of {EXPORT}"
-    )
+    first = "" if is_gguf else "tokenizer.json puts them first; where nothing is put first, "
+    print(f"text     {first}each text begins with the string `prefix` of {EXPORT}")
 
 
 if __name__ == "__main__":

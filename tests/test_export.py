@@ -105,7 +105,33 @@ def test_our_own_code_reads_the_folder_as_a_model(tmp_path):
     names = [export.NAME.format(i) for i in range(P)]
     assert Chat(out).string() == "".join(names) + Chat(folder).string()
     told = json.loads((out / export.EXPORT).read_text())
-    assert told["prefix"] == "".join(names) and told["ids"] == [ids[0], ids[-1]]
+    assert told["prefix"] == "".join(names) + "<s>" and told["ids"] == [ids[0], ids[-1]]
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_for_gguf_texts_have_the_ids_that_converters_know(style, tmp_path):
+    import transformers
+
+    folder = base(tmp_path / "base", style)
+    _, out = exported(tmp_path, folder, "gguf")
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    before = transformers.AutoTokenizer.from_pretrained(folder)
+    assert [theirs(text).input_ids for text in TEXTS] == [before(t).input_ids for t in TEXTS]
+    first = Tokenizer(folder).count
+    prefix = list(range(first, first + P))
+    told = json.loads((out / export.EXPORT).read_text())
+    for text in TEXTS:
+        plain = theirs(told["prefix"] + text, add_special_tokens=False).input_ids
+        ours = Tokenizer(folder)
+        assert plain == prefix + ours.bos + behind_special(ours, text)
+        chat = theirs.apply_chat_template([{"role": "user", "content": text}])
+        assert list(chat["input_ids"][:P]) == prefix
+
+
+def behind_special(tokenizer, text):
+    """A text's ids where the string before it is a special token."""
+    first = next(iter(tokenizer.names))
+    return tokenizer.encode_parts([(first, True), (text, False)])[1:]
 
 
 @pytest.mark.parametrize("tied", [True, False])
