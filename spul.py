@@ -53,15 +53,19 @@ class SoftPrompt(nn.Module):
     its last layer begins at 0. The first of several vectors does not learn. Models attend to their
     first token when no other matters (attention sinks, Xiao et al., arXiv 2309.17453), so all text
     changes with what stands there. Cartridges freeze their first token, too.
+
+    earlier (q, d): the vectors of earlier prompts, which come first and do not learn. phi is then
+    (q + p, d), and all of its last p vectors learn.
     """
 
-    def __init__(self, p, d, hidden=128, start=None):
+    def __init__(self, p, d, hidden=128, start=None, earlier=None):
         super().__init__()
         is_random = start is None
         if is_random:
             start = torch.zeros(p, d)
-        frozen = 0 if is_random or p == 1 else 1
-        self.register_buffer("first", start[:frozen].clone())  # (frozen, d)
+        frozen = 0 if is_random or p == 1 or earlier is not None else 1
+        first = start[:frozen] if earlier is None else earlier
+        self.register_buffer("first", first.clone())  # (frozen, d), or (q, d)
         self.register_buffer("start", start[frozen:].clone())  # (p - frozen, d)
         self.E = nn.Parameter(torch.randn(p - frozen, d))  # N(0, 1), as nn.Embedding
         self.mlp = nn.Identity()

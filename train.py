@@ -31,11 +31,12 @@ from tqdm import tqdm
 from data import collate, common_prefix, epoch_batches, make_example, read_rows
 from eval import label_set, measure
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
+from support.after import check_template, read_earlier
 from support.asking import training_ways, understanding
 from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
-from support.elsewhere import elsewhere_table, examples_to_ask, leaves_out, measure_elsewhere
-from support.elsewhere import texts_elsewhere, true_labels, verdicts
+from support.elsewhere import EARLIER, elsewhere_table, examples_to_ask, leaves_out
+from support.elsewhere import measure_elsewhere, texts_elsewhere, true_labels, verdicts
 from support.general import make_general, sentence_vectors
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
@@ -62,7 +63,7 @@ SAVE_EVERY = 50  # steps: what a kill can cost
 OBJECTIVE = [field.name for field in dataclasses.fields(Objective)]
 RUN_OPTIONS = """
     num_tokens init encoder_hidden generic lr epochs batch_size forget_per_batch max_length
-    template more_templates rewordings single seed quantize plain
+    template more_templates rewordings single after seed quantize plain
 """.split()
 
 
@@ -255,6 +256,7 @@ class Job:
     measured: dict  # of each split, Examples with the true answers
     examples: list  # trained on: forget rows with a generic answer, then retain rows; in each way
     ways: int  # in which they are asked
+    generic: list  # answers of forgotten rows, those of earlier prompts, too
     labels: dict  # {answer: ids} of the label set, or None
     prompt: SoftPrompt
     plan: list
@@ -274,23 +276,27 @@ def read_data(args):
     check_rows(splits)
     if args.general:
         read_rows(args.general, unlabelled=True)  # what is wrong with it is found before all else
-    args.template = choose_template(args, [row for rows in splits.values() for row in rows])
+    args.earlier = read_earlier(args, splits)
+    all_rows = [row for rows in splits.values() for row in rows]
+    args.template = choose_template(args, all_rows, args.earlier.template)
+    check_template(args.earlier, args.template)
     args.more_templates = [read_template(value, args.model) for value in args.more_templates]
-    return splits
+    return splits | ({EARLIER: args.earlier.rows} if args.earlier.rows else {})
 
 
 def prepare(args, splits, mode, change=None):
     """Load the model, make examples and the prompt, and check a resumed run -> Job."""
     if mode == "resume" and args.dtype == "auto":
-        earlier = read_run(run_folder(args.out))[1]["options"]["dtype"]
-        args.dtype = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[earlier]
+        dtype = read_run(run_folder(args.out))[1]["options"]["dtype"]
+        args.dtype = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[dtype]
     model, tokenizer = load_model(args, shard if args.shard else None)
     prepare_layers(model, args)
     base_sha256 = fingerprint(args.model)
+    args.earlier = args.earlier.to(model.device)
     asked = asked_of_model(args, splits)
     written = own_retain(args, splits, model, tokenizer, base_sha256)
     splits |= written
-    limit = row_limit(args, args.num_tokens)
+    limit = row_limit(args, args.num_tokens + args.earlier.q)
     measured = {}
     cut = 0
     asked_in = splits, args.template, args.generic
@@ -300,17 +306,14 @@ def prepare(args, splits, mode, change=None):
     examples, ways = training_examples(args, splits, model, tokenizer)
 
     data = [examples, asked if written else None]
+    data += [args.earlier.phi.tolist()] if args.after else []
     general = None
     if args.gamma:
         general = make_general(args, model, tokenizer, splits, base_sha256)
         data += [general.own, general.plain]
 
     all_rows = [row for rows in splits.values() for row in rows]
-    torch.manual_seed(args.seed)
-    start = None
-    if args.init == "sentence":
-        start = sentence_vectors(model, tokenizer, args.model, args.num_tokens)  # (p, d)
-    prompt = SoftPrompt(args.num_tokens, model.config.hidden_size, args.encoder_hidden, start)
+    generic = list(dict.fromkeys(args.earlier.generic + args.generic))
     job = Job(
         args=args,
         model=model,
@@ -319,8 +322,9 @@ def prepare(args, splits, mode, change=None):
         measured=measured,
         examples=examples,
         ways=ways,
-        labels=label_set(all_rows, tokenizer, args.generic, args.template),
-        prompt=prompt.to(model.device),
+        generic=generic,
+        labels=label_set(all_rows, tokenizer, generic, args.template),
+        prompt=make_prompt(args, model, tokenizer),
         plan=[
             epoch_batches(
                 examples, args.batch_size, args.seed, epoch, args.forget_per_batch, ways
@@ -337,15 +341,29 @@ def prepare(args, splits, mode, change=None):
         job.description["options"] |= change.options
         job.read = change.reader(model, tokenizer, examples, args.seed)
     if mode == "resume":
-        earlier = read_run(run_folder(args.out))[1]
-        check_same_run(args.out, flat(earlier), flat(job.description))
+        begun = read_run(run_folder(args.out))[1]
+        check_same_run(args.out, flat(begun), flat(job.description))
     return job
+
+
+def make_prompt(args, model, tokenizer):
+    """The prompt as it begins, drawn by the seed."""
+    torch.manual_seed(args.seed)
+    p = args.num_tokens
+    start = None
+    if args.init == "sentence":
+        first = 1 if args.after else 0  # what stands first is an earlier prompt's
+        start = sentence_vectors(model, tokenizer, args.model, first + p)[first:]  # (p, d)
+    d = model.config.hidden_size
+    prompt = SoftPrompt(p, d, args.encoder_hidden, start, args.earlier.phi)
+    return prompt.to(model.device)
 
 
 def training_examples(args, splits, model, tokenizer):
     """The rows to train on, asked in each way -> Examples, and the number of ways."""
-    limit = row_limit(args, args.num_tokens)
-    forget, retain = splits["train forget"], splits["train retain"]
+    limit = row_limit(args, args.num_tokens + args.earlier.q)
+    forget = splits["train forget"]
+    retain = splits["train retain"] + args.earlier.kept(args.seed)
     is_understood = understanding(
         model, tokenizer, args.template, retain, limit, args.batch_size
     )
@@ -370,7 +388,7 @@ def measure_splits(job, phi=None, known=None):
             job.tokenizer,
             examples,
             job.labels,
-            job.args.generic,
+            job.generic,
             phi,
             hidden=(known or {}).get(name),
             batch_size=job.args.batch_size,
@@ -379,24 +397,29 @@ def measure_splits(job, phi=None, known=None):
 
 
 def measure_before(job):
-    """Without the prompt: {split: what is measured}, and {index: (n, d)}, the teacher's outputs."""
+    """Without the prompt: {split: what is measured}, and {index: (n, d)}, the teacher's outputs.
+
+    Earlier prompts stand before all rows already.
+    """
+    earlier = job.args.earlier.phi
     rows = len(job.examples) // job.ways  # of the first way: they are measured, too
     asked = set(range(rows)).union(*(batch for batches in job.plan for batch in batches))
     retain = [i for i in sorted(asked) if not job.examples[i].forget]
     hidden = answer_hidden(
         job.model,
         [job.examples[i] for i in retain],
+        earlier,
         shift=job.objective.kl_shift,
         batch_size=job.args.batch_size,
     )
     known = {}
     if job.objective.kl_shift == 0:  # those asked in the first way come first
         known["train retain"] = hidden[: len(job.measured["train retain"])]
-    before = measure_splits(job, known=known)
+    before = measure_splits(job, earlier, known)
     for name in [name for name in before if leaves_out(name, before)]:
         del before[name], job.measured[name]
     if job.general:
-        job.general.compute_teacher(job.model, job.args.batch_size)
+        job.general.compute_teacher(job.model, job.args.batch_size, earlier)
     return before, dict(zip(retain, hidden))
 
 
@@ -407,9 +430,9 @@ def finish(job, before):
     phi = job.prompt().detach()
     after = measure_splits(job, phi)
     held_out = job.general.held_out if job.general else None
-    texts = texts_elsewhere(args.model, job.tokenizer, row_limit(args, args.num_tokens), held_out)
+    texts = texts_elsewhere(args.model, job.tokenizer, row_limit(args, len(phi)), held_out)
     elsewhere = measure_elsewhere(
-        job.model, job.tokenizer, texts, phi, args.model, args.batch_size
+        job.model, job.tokenizer, texts, phi, args.model, args.batch_size, args.earlier.phi
     )
     if ranks()[0] > 0:
         return
@@ -421,7 +444,7 @@ def finish(job, before):
     info = {
         "model": args.model,
         "base_sha256": job.description["base_sha256"],
-        "generic": args.generic,
+        "generic": job.generic,
         "template": None if all(row.raw for row in all_rows) else template_to_json(args.template),
         "labels": kept_labels(job.labels, job.rows["train retain"], job.written),
         "options": job.description["options"],

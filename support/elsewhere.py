@@ -18,6 +18,7 @@ from support.processes import say
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
 ANSWERED = 0.5  # of what is right when asked in the first way
+EARLIER = "earlier forget"  # rows that earlier prompts make the model forget
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
 # When a verdict is bad.
 CLEARLY = 1.5  # KL above so many times a harmless sentence's
@@ -104,17 +105,20 @@ def texts_elsewhere(folder, tokenizer, limit, held_out=None):
 
 
 @torch.no_grad()
-def measure_elsewhere(model, tokenizer, texts, phi, folder, batch_size=32):
+def measure_elsewhere(model, tokenizer, texts, phi, folder, batch_size=32, earlier=None):
     """{what: a dict} for texts, {what: Examples}, with the prompt phi (p, d), or None without one.
 
     Those of `compare`, and sentence_kl, sentence_same: its kl and same for the vectors of a
-    harmless sentence in the prompt's place.
+    harmless sentence in the prompt's place. earlier (q, d): prompts that phi begins with, and that
+    stood before the texts already.
     """
     if phi is not None:
         sentence = sentence_vectors(model, tokenizer, folder)  # (p, d)
+        if earlier is not None:
+            sentence = torch.cat([earlier, sentence])
     results = {}
     for what, examples in texts.items():
-        before = answer_hidden(model, examples, batch_size=batch_size)
+        before = answer_hidden(model, examples, earlier, batch_size=batch_size)
         if phi is None:
             results[what] = compare(examples, model, before)
             continue
@@ -206,6 +210,7 @@ def verdicts(before, after, elsewhere, labels):
     if name:
         lines += forgetting_verdict(before[name], after[name], labels)
         lines += otherwise_verdict(before, after)
+    lines += earlier_verdict(before, after)
     reasons = []
     for what, result in elsewhere.items():
         if result["kl"] > CLEARLY * result["sentence_kl"]:
@@ -265,6 +270,20 @@ def otherwise_verdict(before, after):
     if not back:
         return []
     return [f"ASKED OTHERWISE, rows to forget come back ({'; '.join(back)})."]
+
+
+def earlier_verdict(before, after):
+    """Whether rows come back that earlier prompts made the model forget."""
+    if EARLIER not in after:
+        return []
+    was, now = right(before[EARLIER]), right(after[EARLIER])
+    if now <= was + BETTER:
+        return []
+    return [
+        "EARLIER ROWS COME BACK: of those that earlier prompts made the model forget "
+        f"{100 * was:.0f} -> {100 * now:.0f} % are right. What helps: --after-forget FILE with all "
+        "of them, more --epochs."
+    ]
 
 
 def right(measured):

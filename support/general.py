@@ -269,9 +269,10 @@ class General:
     per_batch: int  # texts of a step
     teacher: dict = None  # {Example: (n, d)}
 
-    def compute_teacher(self, model, batch_size):
+    def compute_teacher(self, model, batch_size, earlier=None):
+        """earlier (q, d): prompts that stand before all text already."""
         examples = list(dict.fromkeys(self.own + self.plain))
-        hidden = answer_hidden(model, examples, batch_size=batch_size)
+        hidden = answer_hidden(model, examples, earlier, batch_size=batch_size)
         self.teacher = dict(zip(examples, hidden))
 
     def draw(self, step, device):
@@ -297,7 +298,7 @@ class Keep:
 
 def make_general(args, model, tokenizer, splits, sha256):
     """The general text of a run of train.py, without the teacher's outputs."""
-    limit = row_limit(args, args.num_tokens)
+    limit = row_limit(args, args.num_tokens + args.earlier.q)
     forget = splits["train forget"]
     retain = splits["train retain"]
     trained, held_out = general_rows(args, model, tokenizer, forget, sha256)

@@ -55,6 +55,11 @@ def make_parser(description=""):
         "the demo, whose model hardly understands others)")
     add("--single", action="store_true",
         help="no rows asked after another row (paper)")
+    add("--after", type=non_empty, action="append", metavar="DIR",
+        help="a further request: earlier prompts, which stand before the new one; --out holds all "
+        "vectors, as one prompt")
+    add("--after-forget", type=non_empty, metavar="FILE",
+        help="the rows that they made the model forget: it is to give them generic answers still")
     add("--write-retain", type=number(int, 1), metavar="N",
         help="without --retain: how many texts the model writes as retain rows (default 3 for each "
         "to forget, 256 to 2048)")

@@ -37,6 +37,9 @@ def plan_lines(job):
         f"({share:.3g} %); std {phi.std():.2g}, token embeddings {spread:.2g}"
     )
 
+    if earlier := args.earlier.q:
+        yield "after", f"{earlier} vectors of earlier prompts stand before it and do not learn"
+
     lengths = [len(e.ids) for e in job.examples]
     rows = len(lengths) // job.ways
     forget = sum(e.forget for e in job.examples[:rows])
@@ -89,7 +92,7 @@ def longest_step_memory(job):
     rows = math.ceil(job.args.batch_size / ranks()[1])
     shared = len(common_prefix(job.examples))
     longest = max(len(e.ids) for e in job.examples) - shared
-    p = job.args.num_tokens + shared
+    p = job.args.num_tokens + job.args.earlier.q + shared
     scored = rows * max(e.n for e in job.examples)
     if job.general:  # its rows are as long as these in the estimate, or longer
         texts = math.ceil(job.general.per_batch / ranks()[1])
