@@ -39,7 +39,7 @@ from support.elsewhere import BY_PEOPLE
 from support.files import check_not_inside_file, read_json, read_text, weight_files, write_json
 from support.files import write_tensors, write_text, write_whole
 from support.general import own_form, text_examples
-from support.hardware import load_llama, read_config
+from support.hardware import compare_dtypes, load_llama, read_config
 from support.templates import Chat, has_chat_template
 from support.tokenizer import Tokenizer
 
@@ -118,15 +118,18 @@ def silent_row(folder, phi):
     direction along which all outputs are nearly the same. It is fitted on some texts behind phi.
     (A copy of an unused token's row does not do: SmolLM2 says such tokens once in 600 times.)
     """
-    model = load_llama(folder, None, "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_bf16, _ = compare_dtypes(device)
+    model = load_llama(folder, torch.bfloat16 if is_bf16 else torch.float32, device)
     tokenizer = Tokenizer(folder)
     rows = read_rows(BY_PEOPLE)
     limit = model.config.max_position_embeddings - len(phi)
     examples = []
     for form in (own_form(folder, tokenizer), Template(TEXT)):
         examples += text_examples(rows, tokenizer, form, limit)
+    phi = phi.to(device)
     hidden = torch.cat(answer_hidden(model, examples, phi, batch_size=8))  # (N, d)
-    hidden = hidden.double() / model.config.logits_scaling
+    hidden = hidden.cpu().double() / model.config.logits_scaling
     gram = hidden.T @ hidden  # (d, d)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     row = torch.linalg.solve(gram, hidden.sum(dim=0)) * NEVER  # (d,)
