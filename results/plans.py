@@ -50,7 +50,8 @@ ROWS = {
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}
 QUESTIONS = ("sciq", "requests", "elsewhere_sciq")
 TEMPLATE = dict.fromkeys(ROWS, "sentiment") | dict.fromkeys(QUESTIONS, "question")
-DTYPE = dict.fromkeys(ROWS, "bf16") | {"sst2": "fp32", "assessment": "fp32"}
+FLOAT32 = ("sst2", "assessment", "elsewhere", "elsewhere_sst2", "elsewhere_sciq")
+DTYPE = dict.fromkeys(ROWS, "bf16") | dict.fromkeys(FLOAT32, "fp32")
 
 # Memorising. The LoRA is small enough to be kept, and has the usual size of steps.
 MEMORISE = dict.fromkeys(ROWS, 4) | {"sciq": 8, "tofu": 20, "sizes": 10, "full": 5}  # epochs
