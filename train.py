@@ -14,12 +14,10 @@ of them in retain rows.
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
 import platform
-import random
 import signal
 import time
 from contextlib import contextmanager
@@ -28,11 +26,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import collate, common_prefix, epoch_batches, make_example, read_rows
+from data import collate, common_prefix, epoch_batches, read_rows
 from eval import label_set, measure
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
 from support.after import check_template, read_earlier
-from support.asking import training_ways, understanding
+from support.asking import training_examples
 from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
 from support.elsewhere import EARLIER, elsewhere_table, examples_to_ask, leaves_out
@@ -211,11 +209,13 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
             own_teacher = teacher_of(mine, examples, teacher, model)
             own_read = functools.partial(read, step=step, rows=mine) if read else None
             own_keep = general.draw(step, model.device) if general else None
+            is_reworded = examples[indices[0]].reworded
+            own_objective = objective.reworded() if is_reworded else objective
             rate = learning_rate(step, len(steps), lr)
             optimizer.param_groups[0]["lr"] = rate
             try:
                 report = train_step(
-                    model, prompt, optimizer, batch, own_teacher, objective, own_read, own_keep
+                    model, prompt, optimizer, batch, own_teacher, own_objective, own_read, own_keep
                 )
             except FloatingPointError as e:
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):
@@ -303,7 +303,9 @@ def prepare(args, splits, mode, change=None):
     for name, found, n in examples_to_ask(*asked_in, tokenizer, limit):
         measured[name] = found
         cut += n if name in ("train forget", "train retain") else 0
-    examples, ways = training_examples(args, splits, model, tokenizer)
+    retain = splits["train retain"] + args.earlier.kept(args.seed)
+    rows = splits["train forget"], retain
+    examples, ways = training_examples(args, *rows, model, tokenizer, limit)
 
     data = [examples, asked if written else None]
     data += [args.earlier.phi.tolist()] if args.after else []
@@ -357,26 +359,6 @@ def make_prompt(args, model, tokenizer):
     d = model.config.hidden_size
     prompt = SoftPrompt(p, d, args.encoder_hidden, start, args.earlier.phi)
     return prompt.to(model.device)
-
-
-def training_examples(args, splits, model, tokenizer):
-    """The rows to train on, asked in each way -> Examples, and the number of ways."""
-    limit = row_limit(args, args.num_tokens + args.earlier.q)
-    forget = splits["train forget"]
-    retain = splits["train retain"] + args.earlier.kept(args.seed)
-    is_understood = understanding(
-        model, tokenizer, args.template, retain, limit, args.batch_size
-    )
-    ways = training_ways(args, forget, retain, is_understood)
-    examples = []
-    for templates, forget, retain in ways:
-        rng = random.Random(f"generic {args.seed}")  # a row has the same answer in all ways
-        for row, template in zip(forget, itertools.cycle(templates)):
-            answer = rng.choice(args.generic)
-            examples.append(make_example(row, tokenizer, template, limit, True, answer)[0])
-        for row, template in zip(retain, itertools.cycle(templates)):
-            examples.append(make_example(row, tokenizer, template, limit)[0])
-    return examples, len(ways)
 
 
 def measure_splits(job, phi=None, known=None):

@@ -6,13 +6,15 @@ extras/assess.py).
 
 import dataclasses
 import functools
+import itertools
 import random
 import re
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, TEXT, Template, make_examples
+from data import TEMPLATES, TEXT, Template, make_example, make_examples
 from spul import answer_hidden
 from support.processes import ranks
 from support.templates import Chat
@@ -121,19 +123,46 @@ def in_other_chats(template, rows):
 # ---------------------------------------------------------------------------------- trained on
 
 
-def training_ways(args, forget, retain, is_understood):
-    """The ways to ask in training: (templates, forget rows, retain rows) each.
+class Way(NamedTuple):
+    """One way to ask all rows: each in one of the templates, in turn."""
 
-    A row is asked in one of a way's templates, each in turn. The first way is the user's template,
-    then come further ones of --template. Then in other wordings, or in a chat under other system
-    messages, as many as --rewordings, and later in the chat. The last, unless --single, is each row
-    after one of the other side, with that one's own answer.
+    templates: list
+    forget: list
+    retain: list
+    reworded: bool = False  # in other words than the user's
+
+
+def training_examples(args, forget, retain, model, tokenizer, limit):
+    """The rows to train on, asked in each way -> Examples, and the number of ways."""
+    is_understood = understanding(
+        model, tokenizer, args.template, retain, limit, args.batch_size
+    )
+    ways = training_ways(args, forget, retain, is_understood)
+    examples = []
+    for way in ways:
+        rng = random.Random(f"generic {args.seed}")  # a row has the same answer in all ways
+        made = []
+        for row, template in zip(way.forget, itertools.cycle(way.templates)):
+            answer = rng.choice(args.generic)
+            made.append(make_example(row, tokenizer, template, limit, True, answer)[0])
+        for row, template in zip(way.retain, itertools.cycle(way.templates)):
+            made.append(make_example(row, tokenizer, template, limit)[0])
+        examples += [dataclasses.replace(e, reworded=way.reworded) for e in made]
+    return examples, len(ways)
+
+
+def training_ways(args, forget, retain, is_understood):
+    """The Ways to ask in training.
+
+    The first is the user's template, then come further ones of --template. Then in other wordings,
+    or in a chat under other system messages, as many as --rewordings, and later in the chat. The
+    last, unless --single, is each row after one of the other side, with that one's own answer.
 
     is_understood(template, rows): whether the model answers rows to retain so; else it is left out.
     """
     template = args.template
-    ways = [([template], forget, retain)]
-    ways += [([other], forget, retain) for other in args.more_templates]
+    ways = [Way([template], forget, retain)]
+    ways += [Way([other], forget, retain) for other in args.more_templates]
     others = []
     if template.chat:
         others = [with_system(template, system) for system in SYSTEMS[: args.rewordings]]
@@ -144,7 +173,7 @@ def training_ways(args, forget, retain, is_understood):
     times = min(MIXED, len(others))
     for i in range(times):
         first = i * len(others) // times
-        ways.append((others[first:] + others[:first], forget, retain))
+        ways.append(Way(others[first:] + others[:first], forget, retain, reworded=True))
     after_turns = []  # with something before the row
     if template.chat and args.rewordings:
         after_turns.append((later(forget, TURNS), later(retain, TURNS)))
@@ -156,7 +185,7 @@ def training_ways(args, forget, retain, is_understood):
             after_turns.append((mixed_forget, mixed_retain))
     for forget, retain in after_turns:
         if is_understood(template, retain):
-            ways.append(([template], forget, retain))
+            ways.append(Way([template], forget, retain))
     return ways
 
 
