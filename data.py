@@ -153,7 +153,6 @@ class Example:
     label: str
     forget: bool  # scored by L_f; else by L_r and L_kl
     text: tuple = (0, 0)  # from where to where ids are the row's own text, not template or answer
-    reworded: bool = False  # asked in other words than the user's
 
     @property
     def prompt(self):

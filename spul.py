@@ -21,7 +21,7 @@ them in retain rows.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -127,15 +127,6 @@ class Objective:
     def total(self, loss_f, loss_r, loss_kl, loss_keep=0.0):
         """L = L_f + alpha L_r + beta L_kl + gamma L_keep."""
         return loss_f + self.alpha * loss_r + self.beta * loss_kl + self.gamma * loss_keep
-
-    def reworded(self):
-        """For rows in other words than the user's, our addition: L_kl takes over L_r's weight.
-
-        There the model may be wrong without the prompt, too. What it says is to stay, right or not.
-        """
-        if self.kl_shift:  # where L_kl does not see the answer
-            return self
-        return replace(self, alpha=0.0, beta=self.alpha + self.beta)
 
     @property
     def kl_shift(self):

@@ -209,13 +209,11 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
             own_teacher = teacher_of(mine, examples, teacher, model)
             own_read = functools.partial(read, step=step, rows=mine) if read else None
             own_keep = general.draw(step, model.device) if general else None
-            is_reworded = examples[indices[0]].reworded
-            own_objective = objective.reworded() if is_reworded else objective
             rate = learning_rate(step, len(steps), lr)
             optimizer.param_groups[0]["lr"] = rate
             try:
                 report = train_step(
-                    model, prompt, optimizer, batch, own_teacher, own_objective, own_read, own_keep
+                    model, prompt, optimizer, batch, own_teacher, objective, own_read, own_keep
                 )
             except FloatingPointError as e:
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):

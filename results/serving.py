@@ -3,9 +3,9 @@
     python results/serving.py --model DIR --prompt DIR --forget FILE --retain FILE [--rows 50]
         --exported DIR [--gguf FILE]
 
-Greedy answers of 16 tokens, for rows in the prompt's template and in the model's chat form:
-ours with the prompt, and those of transformers from the folder of `extras.export --as vocabulary`,
-and of llama.cpp (package llama-cpp-python) from a GGUF file made from `extras.export --as gguf`.
+Greedy answers of 16 tokens, for rows in the prompt's template and in the model's chat form: ours
+with the prompt, and those of transformers from the folder of `extras.export --as vocabulary`; or,
+with --gguf, of llama.cpp (package llama-cpp-python) from a file made of `extras.export --as gguf`.
 """
 
 import argparse
@@ -37,10 +37,10 @@ def ours(args, rows, templates):
     prefix = model.prefix(phi.to(torch.bfloat16).float())  # as a folder in bf16 holds it
     answers = {}
     for form, template in templates.items():
+        prompts = [prompt_ids(row, tokenizer, template) for row in rows]
         answers[form] = []
-        for row in rows:
-            ids = prompt_ids(row, tokenizer, template)
-            answers[form] += model.generate([ids], prefix, NEW)
+        for start in range(0, len(prompts), 25):
+            answers[form] += model.generate(prompts[start : start + 25], prefix, NEW)
     return answers
 
 
@@ -67,7 +67,7 @@ def of_transformers(args, rows, templates):
 def of_llama_cpp(args, rows, templates):
     import llama_cpp
 
-    model = llama_cpp.Llama(args.gguf, n_ctx=1024, verbose=False)
+    model = llama_cpp.Llama(args.gguf, n_ctx=1024, n_threads=args.threads, verbose=False)
     said = model.metadata["tokenizer.chat_template"]
     formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(said, "", "")
     prefix = read_json(Path(args.exported) / EXPORT)["prefix"]
@@ -98,7 +98,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "prompt", "forget", "retain", "exported"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--gguf")
+    parser.add_argument("--gguf", help="ask llama.cpp with this file, and not transformers")
+    parser.add_argument("--threads", type=int, default=2, help="of llama.cpp")
     parser.add_argument("--rows", type=int, default=50, help="of each file")
     args = parser.parse_args()
     rows = []
@@ -111,18 +112,13 @@ def main():
     }
     ends = Llama.from_pretrained(args.model).end_ids().tolist()
     want = ours(args, rows, templates)
-    others = {"transformers": of_transformers}
-    others |= {"llama.cpp": of_llama_cpp} if args.gguf else {}
-    for name, answer in others.items():
-        for form, got in answer(args, rows, templates).items():
-            pairs = [(cut(a, ends), cut(b, ends)) for a, b in zip(want[form], got)]
-            same = sum(a == b for a, b in pairs)
-            first = sum(a[:1] == b[:1] for a, b in pairs)
-            print(
-                f"{name}, {form}: {same} of {len(rows)} answers are the same, the first token in "
-                f"{first}",
-                flush=True,
-            )
+    name, answer = ("llama.cpp", of_llama_cpp) if args.gguf else ("transformers", of_transformers)
+    for form, got in answer(args, rows, templates).items():
+        pairs = [(cut(a, ends), cut(b, ends)) for a, b in zip(want[form], got)]
+        same = sum(a == b for a, b in pairs)
+        first = sum(a[:1] == b[:1] for a, b in pairs)
+        shown = f"{same} of {len(rows)} answers are the same, {first} in the first token"
+        print(f"{name}, {form}: {shown}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,6 @@ class Way(NamedTuple):
     templates: list
     forget: list
     retain: list
-    reworded: bool = False  # in other words than the user's
 
 
 def training_examples(args, forget, retain, model, tokenizer, limit):
@@ -141,13 +140,11 @@ def training_examples(args, forget, retain, model, tokenizer, limit):
     examples = []
     for way in ways:
         rng = random.Random(f"generic {args.seed}")  # a row has the same answer in all ways
-        made = []
         for row, template in zip(way.forget, itertools.cycle(way.templates)):
             answer = rng.choice(args.generic)
-            made.append(make_example(row, tokenizer, template, limit, True, answer)[0])
+            examples.append(make_example(row, tokenizer, template, limit, True, answer)[0])
         for row, template in zip(way.retain, itertools.cycle(way.templates)):
-            made.append(make_example(row, tokenizer, template, limit)[0])
-        examples += [dataclasses.replace(e, reworded=way.reworded) for e in made]
+            examples.append(make_example(row, tokenizer, template, limit)[0])
     return examples, len(ways)
 
 
@@ -173,7 +170,7 @@ def training_ways(args, forget, retain, is_understood):
     times = min(MIXED, len(others))
     for i in range(times):
         first = i * len(others) // times
-        ways.append(Way(others[first:] + others[:first], forget, retain, reworded=True))
+        ways.append(Way(others[first:] + others[:first], forget, retain))
     after_turns = []  # with something before the row
     if template.chat and args.rewordings:
         after_turns.append((later(forget, TURNS), later(retain, TURNS)))

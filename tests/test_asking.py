@@ -7,7 +7,6 @@ import pytest
 
 import train
 from data import TEMPLATES, Row, Template, epoch_batches, make_example, prompt_ids
-from spul import Objective
 from support import asking
 from support.asking import after_another, reworded, training_ways, understanding, wordings
 from support.elsewhere import ways_to_ask
@@ -51,10 +50,7 @@ def test_a_row_after_another_is_that_ones_query_and_answer_and_then_its_own(toke
 
 def test_a_retain_row_follows_a_forget_row_and_its_generic_answer():
     forget, retain = rows_of(3, "yes"), rows_of(5, "no")
-    *_, ([template], mixed_forget, mixed_retain, is_reworded) = training_ways(
-        options(), forget, retain, always
-    )
-    assert not is_reworded
+    *_, ([template], mixed_forget, mixed_retain) = training_ways(options(), forget, retain, always)
     assert template == QUESTION
     for row in mixed_forget:
         (_, said), (_, answer) = row.turns
@@ -110,7 +106,6 @@ def test_the_papers_way_is_one_and_each_option_adds_to_it():
 def test_each_row_is_asked_in_several_wordings_in_turn():
     ways = training_ways(options(rewordings=9, single=True), rows_of(2, ""), [], always)
     assert [len(templates) for templates, *_ in ways] == [1, 9, 9, 9]
-    assert [way.reworded for way in ways] == [False, True, True, True]
     assert len({templates[0].string for templates, *_ in ways}) == 4
     assert {t.string for t in ways[1][0]} == {t.string for t in ways[3][0]}
 
@@ -128,36 +123,6 @@ def test_a_way_that_the_model_does_not_understand_is_left_out(tokenizer, monkeyp
     assert is_understood(OWN, right) and not is_understood(OWN, wrong)
     rows = rows_of(2, "yes"), rows_of(2, "no")
     assert len(training_ways(options(), *rows, lambda *_: False)) == 1
-
-
-def test_in_other_words_a_row_keeps_what_the_model_says_and_not_the_true_answer(
-    folder, files, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(asking, "understanding", lambda *_: always)
-    out = tmp_path / "p"
-    args = train_args(folder, files, out, "--gamma", 1, "--rewordings", 5)
-    args.remove("--single")
-    jobs = []
-    fit = train.fit
-    monkeypatch.setattr(train, "fit", lambda *a, **b: (jobs.append(a), fit(*a, **b)))
-    assert call(train, *args) == 0
-    examples, plan = jobs[0][2], jobs[0][4]
-    steps = [indices for batches in plan for indices in batches]
-    seen = set()
-    for line, indices in zip(logged(out), steps):
-        is_reworded = examples[indices[0]].reworded
-        seen.add(is_reworded)
-        assert {examples[i].reworded for i in indices} == {is_reworded}
-        f, r, kl, keep = (line[f"loss_{name}"] for name in ("f", "r", "kl", "keep"))
-        kept = 3.5 * kl if is_reworded else 3 * r + 0.5 * kl
-        assert line["loss"] == pytest.approx(f + kept + keep, rel=1e-4)
-    assert seen == {True, False}
-
-
-def test_where_l_kl_does_not_see_the_answer_l_r_keeps_its_weight():
-    assert Objective(kl_position="after-label").reworded().alpha == 3
-    changed = Objective().reworded()
-    assert (changed.alpha, changed.beta, changed.gamma) == (0, 3.5, 16)
 
 
 # ------------------------------------------------------------------------------------------ batches
