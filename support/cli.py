@@ -134,7 +134,7 @@ def check_required(args, *names):
     """Raises ValueError for the first of the options that is not given."""
     for name in names:
         if not getattr(args, name):
-            what = "DIR" if name in ("model", "prompt") else "FILE"
+            what = "DIR" if name in ("model", "prompt", "out") else "FILE"
             raise ValueError(f"--{name.replace('_', '-')} {what} is missing")
 
 
