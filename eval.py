@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from data import Row, answer_ids, generic_ids
 from spul import answer_hidden, load_prompt
-from support.answers import Asking, answer_file, ask_command, match_answer, rows_to_ask
+from support.answers import Asking, ask, match_answer, rows_to_ask
 from support.cli import DEMO, Parser, add_options, check_required, non_empty, read_splits, run
 from support.cli import use_demo
 from support.elsewhere import elsewhere_table, examples_to_ask, leaves_out, measure_elsewhere
@@ -243,24 +243,16 @@ def template_of(args, info, rows=()):
     return choose_template(args, rows, trained)
 
 
-def ask_with(args, model, tokenizer, phi, info, rows):
-    """--ask: the answers without and with the prompt, printed or written to --out."""
+def asking_of(args, model, tokenizer, info, rows=(), p=0):
+    """How --ask asks, after p prompt tokens: in which template, and for which labels."""
     template = template_of(args, info, rows)
     is_raw = bool(info) and info["template"] is None and not args.template
     labels = {}
     if info.get("labels") and not template.end:
         named = [Row(name, name, "", is_raw) for name in info["labels"]]
         labels = label_set(named, tokenizer, info["generic"], template)
-    room = model.config.max_position_embeddings - (0 if phi is None else len(phi))
-    asking = Asking(tokenizer, template, labels, room, is_raw)
-    if args.out:
-        generators = {"without": generator(model)}
-        generators |= {} if phi is None else {"with": generator(model, phi)}
-        answer_file(args, rows, asking, generators)
-        return
-    generators = {"without the prompt:": generator(model)}
-    generators |= {} if phi is None else {"with the prompt:": generator(model, phi)}
-    ask_command(args, asking, generators)
+    room = model.config.max_position_embeddings - p
+    return Asking(tokenizer, template, labels, room, is_raw)
 
 
 def table_command(args, model, tokenizer, phi, info, splits):
@@ -334,7 +326,10 @@ def main(argv=None):
     if phi is not None:
         phi = phi.to(model.device)
     if args.ask is not None:
-        ask_with(args, model, tokenizer, phi, info, rows)
+        generators = {"without": generator(model)}
+        generators |= {} if phi is None else {"with": generator(model, phi)}
+        asking = asking_of(args, model, tokenizer, info, rows, 0 if phi is None else len(phi))
+        ask(args, asking, generators, rows)
     else:
         table_command(args, model, tokenizer, phi, info, splits)
 

@@ -23,7 +23,6 @@ width of a head, N positions.
 """
 
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,11 +32,12 @@ from safetensors.torch import load_file
 
 from data import Template, TEXT, read_rows
 from eval import load_prompts
+from extras.finetune import belongs_to_tokenizer
 from spul import answer_hidden
 from support.cli import Parser, check_required, non_empty, run
 from support.elsewhere import BY_PEOPLE
 from support.files import check_not_inside_file, read_json, read_text, weight_files, write_json
-from support.files import write_tensors, write_text, write_whole
+from support.files import write_tensors, write_text
 from support.general import own_form, text_examples
 from support.hardware import compare_dtypes, load_llama, read_config
 from support.templates import Chat, has_chat_template
@@ -50,14 +50,13 @@ HEAD = "lm_head.weight"
 NEVER = -100.0  # the logit of a new token; others have about 20
 RIDGE = 1e-3
 INDEX = "model.safetensors.index.json"
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".model", ".onnx")
 
 
 # ------------------------------------------------------------------------------------- vocabulary
 
 
-def export_vocabulary(folder, phi, info, out, is_gguf=False):
-    """Write the model of `folder` with phi (p, d) in its vocabulary to `out`.
+def export_vocabulary(folder, prompts, out, is_gguf=False):
+    """Write the model of `folder` with the prompts in its vocabulary to `out`.
 
     is_gguf: tokenizer.json does not put it before texts. Raises ValueError or OSError where that
     cannot be; then there is no folder `out`.
@@ -65,10 +64,11 @@ def export_vocabulary(folder, phi, info, out, is_gguf=False):
     folder = Path(folder)
     config = read_config(folder)
     tokenizer = Tokenizer(folder)
-    first = check_vocabulary(folder, tokenizer, config)
+    first = check_vocabulary(folder, tokenizer, config)  # before a prompt is said not to fit
+    phi, info = load_prompts(prompts, config, folder)
     names = [NAME.format(i) for i in range(len(phi))]
     size = max(config.vocab_size, first + len(phi))
-    silent = silent_row(folder, phi)  # (d,)
+    silent = silent_row(folder, tokenizer, phi)  # (d,)
     with whole_folder(out) as new:
         write_weights(folder, new, config, phi, silent, first, size)
         copy_small_files(folder, new)
@@ -76,7 +76,6 @@ def export_vocabulary(folder, phi, info, out, is_gguf=False):
         settings |= {"vocab_size": size, "tie_word_embeddings": False}
         write_json(new / "config.json", settings)
         write_tokenizer(folder, new, tokenizer, names, first, is_gguf)
-        write_chat_templates(folder, new, "".join(names))
         export = {
             "format": "spul vocabulary 1",
             "prefix": "".join([*names, *bos_names(tokenizer)]),
@@ -111,17 +110,16 @@ def check_vocabulary(folder, tokenizer, config):
 
 
 @torch.no_grad()
-def silent_row(folder, phi):
+def silent_row(folder, tokenizer, phi):
     """A row of the head, (d,), whose token is never said: its logit is about NEVER everywhere.
 
     What the final norm puts out has much in common at all positions, so a ridge regression finds a
-    direction along which all outputs are nearly the same. It is fitted on some texts behind phi.
+    direction along which all outputs are nearly the same. It is fitted on some texts after phi.
     (A copy of an unused token's row does not do: SmolLM2 says such tokens once in 600 times.)
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_bf16, _ = compare_dtypes(device)
     model = load_llama(folder, torch.bfloat16 if is_bf16 else torch.float32, device)
-    tokenizer = Tokenizer(folder)
     rows = read_rows(BY_PEOPLE)
     limit = model.config.max_position_embeddings - len(phi)
     examples = []
@@ -148,6 +146,7 @@ def write_weights(folder, new, config, phi, silent, first, size):
     if free < needed:
         raise OSError(f"{new.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
     is_tied = config.tie_word_embeddings
+    silent = silent.expand(len(phi), -1)  # (p, d)
     placed = {}  # {tensor: file}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as f:
@@ -156,20 +155,16 @@ def write_weights(folder, new, config, phi, silent, first, size):
         tables = [name for name in names if name.endswith((EMBEDDING, HEAD))]
         if tables:
             tensors = load_file(file)
-            for name in tables:
-                is_head = name.endswith(HEAD)
-                if is_head and is_tied:  # the same table a second time
-                    del tensors[name]
-                    continue
-                rows = silent.expand(len(phi), -1) if is_head else phi
-                old = tensors[name]
-                tensors[name] = with_rows(old, rows, first, size)
-                if is_tied:
-                    tensors[HEAD] = with_rows(old, silent.expand(len(phi), -1), first, size)
+            old = {name: tensors.pop(name) for name in tables}
+            for name, table in old.items():
+                if name.endswith(EMBEDDING):
+                    tensors[name] = with_rows(table, phi, first, size)
+                if name.endswith(EMBEDDING if is_tied else HEAD):
+                    tensors[HEAD] = with_rows(table, silent, first, size)
             write_tensors(new / file.name, tensors, metadata)
             names = list(tensors)
         else:
-            write_whole(new / file.name, lambda path, file=file: shutil.copyfile(file, path))
+            shutil.copyfile(file, new / file.name)
         placed |= dict.fromkeys(names, file.name)
     if (folder / INDEX).exists() and not (folder / "model.safetensors").exists():
         total = sum((new / name).stat().st_size for name in set(placed.values()))
@@ -187,8 +182,9 @@ def with_rows(table, rows, first, size):
 def copy_small_files(folder, new):
     """All else that lies in the folder: settings, licences. What is written anew comes later."""
     for file in folder.iterdir():
-        if file.is_file() and file.suffix not in NOT_COPIED and file.name != INDEX:
-            write_whole(new / file.name, lambda path, file=file: shutil.copyfile(file, path))
+        is_sentencepiece = file.suffix == ".model"  # takes no new tokens
+        if file.is_file() and belongs_to_tokenizer(file.name) and not is_sentencepiece:
+            shutil.copyfile(file, new / file.name)
 
 
 # -------------------------------------------------------------------------------------- tokenizer
@@ -218,6 +214,7 @@ def write_tokenizer(folder, new, tokenizer, names, first, is_gguf):
         for token in added:
             token = dict(token)
             settings["added_tokens_decoder"][str(token.pop("id"))] = token
+    write_chat_templates(folder, new, settings, "".join(names))
     write_json(new / "tokenizer_config.json", settings)
 
 
@@ -238,7 +235,7 @@ AS_SPECIAL = {
 def putting_first(processor, before, ids):
     """A post-processor of tokenizer.json that puts the tokens `before` before every text.
 
-    processor: the one there was, or None. What that puts behind a text stays. ids: {name: id}.
+    processor: the old one, or None. What it puts after a text stays. ids: {name: id}.
     """
     parts = [processor] if processor else []
     if processor and processor["type"] == "Sequence":
@@ -272,26 +269,24 @@ def from_text(pieces):
     return pieces[is_text.index(True) :]
 
 
-def write_chat_templates(folder, new, prefix):
-    """The folder's chat templates, each with the prefix before all else."""
+def write_chat_templates(folder, new, settings, prefix):
+    """The folder's chat templates, in files and in settings, with the prefix before all else."""
     files = [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]
     for file in files:
         if file.is_file():
             place = new / file.relative_to(folder)
             place.parent.mkdir(exist_ok=True)
             write_text(place, prefix + read_text(file))
-    settings = read_json(new / "tokenizer_config.json")
     template = settings.get("chat_template")
     if isinstance(template, str):
         settings["chat_template"] = prefix + template
     elif isinstance(template, list):  # several, with names
         for part in template:
             part["template"] = prefix + part["template"]
-    write_json(new / "tokenizer_config.json", settings)
 
 
 def check_ids(folder, new, tokenizer, names, first, is_gguf):
-    """Raises ValueError unless the new folder reads texts as the old one, behind the new tokens."""
+    """Raises ValueError unless the new folder reads texts as the old one, after the new tokens."""
     exported = Tokenizer(new)
     ids = list(range(first, first + len(names)))
     texts = [row.text for row in read_rows(BY_PEOPLE)]
@@ -304,18 +299,19 @@ def check_ids(folder, new, tokenizer, names, first, is_gguf):
         is_same = Chat(new).string() == prefix + before + TEXT + after
         for text in texts:
             parts = [(before, True), (text, False), (after, True)]
-            behind = exported.encode_parts([(prefix, True), *parts])
-            is_same = is_same and behind == ids + tokenizer.encode_parts(parts)
+            now = exported.encode_parts([(prefix, True), *parts])
+            is_same = is_same and now == ids + tokenizer.encode_parts(parts)
     if not is_same:
-        raise ValueError(f"{folder}: its tokenizer reads texts otherwise behind new tokens")
+        raise ValueError(f"{folder}: after new tokens its tokenizer gives texts other ids")
 
 
 # --------------------------------------------------------------------------------------------- kv
 
 
 @torch.no_grad()
-def export_kv(folder, phi, info, out):
-    """Write the keys and values of phi (p, d) in the model of `folder` to `out`, for peft."""
+def export_kv(folder, prompts, out):
+    """Write the prompts' keys and values in the model of `folder` to `out`, for peft."""
+    phi, info = load_prompts(prompts, read_config(folder), folder)  # (p, d)
     model = load_llama(folder, None, "cpu", plain=True)
     cache = model.prefix(phi)  # for each layer keys and values (1, G, p, c)
     both = torch.stack([torch.cat(layer) for layer in cache])  # (L, 2, G, p, c)
@@ -351,9 +347,10 @@ def whole_folder(out):
     """Yield a new folder that becomes `out` at the end; if anything fails, nothing is left."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    new = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)  # what a kill left
+    new.mkdir()
     try:
-        new.chmod(0o755)
         yield new
         new.rename(out)
     finally:
@@ -375,25 +372,21 @@ def main(argv=None):
     check_not_inside_file("--out", args.out)
     if Path(args.out).exists():
         raise ValueError(f"--out {args.out} is there already")
-    config = read_config(args.model)
-    if args.form != "kv":  # an exported folder is named as such, not as another model
-        check_vocabulary(Path(args.model), Tokenizer(args.model), config)
-    phi, info = load_prompts(args.prompt, config, args.model)
     if args.form == "kv":
-        settings = export_kv(args.model, phi, info, args.out)
+        settings = export_kv(args.model, args.prompt, args.out)
         print(
             f"{args.out}: {settings['num_virtual_tokens']} keys and values in each of "
             f"{settings['num_layers']} layers: peft.PeftModel.from_pretrained(model, DIR)"
         )
         return
     is_gguf = args.form == "gguf"
-    export = export_vocabulary(args.model, phi, info, args.out, is_gguf)
+    export = export_vocabulary(args.model, args.prompt, args.out, is_gguf)
     first, last = export["ids"]
-    print(f"{args.out}: a model with {len(phi)} new tokens, {first} to {last}")
+    print(f"{args.out}: a model with {last - first + 1} new tokens, {first} to {last}")
     if has_chat_template(args.out):
         print("chat     the chat template puts them first")
-    first = "" if is_gguf else "tokenizer.json puts them first; where nothing is put first, "
-    print(f"text     {first}each text begins with the string `prefix` of {EXPORT}")
+    where = "" if is_gguf else "tokenizer.json puts them first; where a server ignores that, "
+    print(f"text     {where}each text begins with the string `prefix` of {EXPORT}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from support.general import HELD_OUT_NAME, general_rows, own_form, text_examples
 from support.hardware import DTYPES, choose_device, choose_dtype, load_llama, load_model
 from support.hardware import peak_memory, row_limit
 from support.identity import fingerprint
-from support.state import STATE, check_same_run, load_state, read_run, save_state
+from support.state import STATE, check_same_run, load_state, names_in, read_run, save_state
 from support.state import stopped_message
 from support.tables import run_info
 from support.templates import choose_template, template_to_json
@@ -276,8 +276,8 @@ def check_model_out(args):
     """
     out = Path(args.out)
     check_not_inside_file("--out", out)
-    names = {file.name for file in out.iterdir()} if out.is_dir() else set()
-    others = names - {STATE, f".{STATE}.tmp", ADAPTER}
+    names = names_in(out)
+    others = names - {STATE, ADAPTER}
     is_unfinished = STATE in names and "config.json" not in names
     if others and not is_unfinished:
         raise ValueError(f"--out {out}: the folder holds other files: choose a new one")

@@ -31,12 +31,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import Example, Row, answer_ids, by_length, collate, make_examples
-from eval import generator, label_set, measure, score
-from eval import template_of
+from eval import asking_of, generator, label_set, measure, score, template_of
 from extras.finetune import accuracy
 from spul import answer_hidden
-from support.answers import Asking
-from support.answers import ask_command as answer_command
+from support.answers import ask
 from support.cli import Parser, add_options, check_required, non_empty, number, read_splits, run
 from support.cli import use_demo
 from support.files import check_json_path, read_json, weight_files, write_json, write_tensors
@@ -527,14 +525,8 @@ def measure_guarded(
 # ------------------------------------------------------------------------------------- the command
 
 
-def ask_command(args, model, tokenizer, guard, info):
+def ask_guarded(args, model, tokenizer, guard, info):
     """--ask: print the answers without and with the guard."""
-    template = template_of(args, info)
-    labels = {}
-    if info.get("labels"):
-        rows = [Row(name, name, "") for name in info["labels"]]
-        labels = label_set(rows, tokenizer, info["generic"], template)
-    room = model.config.max_position_embeddings
 
     def generate(prompts, n):
         # An example needs an answer; it is not read.
@@ -542,9 +534,8 @@ def ask_command(args, model, tokenizer, guard, info):
         examples, embed, _ = guard.apply(model, tokenizer, examples)
         return guarded_generator(model, embed)([e.prompt for e in examples], n)
 
-    asking = Asking(tokenizer, template, labels, room)
-    generators = {"without the prompt:": generator(model), "with the prompt:": generate}
-    answer_command(args, asking, generators)
+    generators = {"without": generator(model), "with": generate}
+    ask(args, asking_of(args, model, tokenizer, info), generators)
 
 
 def table_command(args, model, tokenizer, guard, info, splits):
@@ -592,7 +583,7 @@ def main(argv=None):
     template_of(args, info)  # a bad one is found before the model is loaded
     model, tokenizer = load_model(args)
     if args.ask is not None:
-        ask_command(args, model, tokenizer, guard, info)
+        ask_guarded(args, model, tokenizer, guard, info)
     else:
         table_command(args, model, tokenizer, guard, info, splits)
 

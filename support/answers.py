@@ -79,19 +79,24 @@ def answer(rows, asking, generate, batch_size=32, what=None):
     return answers
 
 
-def show(rows, asking, generators):
-    """Print each generator's answer to each row. generators: {what comes before it: generate}."""
-    longest = max(map(len, generators))
-    for row in rows:
-        for name, generate in generators.items():
-            print(f"{name:{longest}} {answer([row], asking, generate)[0]}", flush=True)
+def show(row, asking, generators):
+    """Print each generator's answer to a row."""
+    for name, generate in generators.items():
+        before = f"{name} the prompt:"
+        print(f"{before:19} {answer([row], asking, generate)[0]}", flush=True)
 
 
-def ask_command(args, asking, generators):
-    """Print the answers to the text of --ask, or to each line that is typed."""
+def ask(args, asking, generators, rows=()):
+    """Answer what --ask asks. generators: {"without": generate, "with": generate}.
+
+    It is a text, or True: each line that is typed. rows: those of its file, for --out.
+    """
+    if rows:
+        answer_file(args, rows, asking, generators)
+        return
     if args.ask is not True:
         text = args.ask.replace("\\n", "\n")  # a shell passes \n on as two characters
-        show([asking.row(text, "--ask")], asking, generators)
+        show(asking.row(text, "--ask"), asking, generators)
         return
     is_typed = sys.stdin.isatty()
     if is_typed:
@@ -101,7 +106,7 @@ def ask_command(args, asking, generators):
         if not text:
             continue
         try:
-            show([asking.row(text, f"line {number}")], asking, generators)
+            show(asking.row(text, f"line {number}"), asking, generators)
         except ValueError as e:
             if not is_typed:
                 raise

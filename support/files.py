@@ -58,6 +58,11 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def is_half_written(name):
+    """Whether a file is what a kill left: of `write_whole`, or of safetensors, which does alike."""
+    return bool(re.fullmatch(r"\..+\.tmp|\.tmp\w{6}", name))
+
+
 def write_text(path, text):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

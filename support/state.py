@@ -14,7 +14,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from support.files import check_not_inside_file, write_tensors, write_text
+from support.files import check_not_inside_file, is_half_written, write_tensors, write_text
 from support.templates import template_to_json
 
 STATE = "state.safetensors"
@@ -75,8 +75,8 @@ def check_out(args, may_replace):
 
 def names_in(folder):
     """The names of a folder's files, without those that a kill left half written."""
-    found = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    return found - {f".{name}.tmp" for name in (*PROMPT_FILES, *RUN_FILES)}
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names if not is_half_written(name)}
 
 
 def is_ours(names, in_run):

@@ -344,9 +344,10 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(folder, files, tmp_path):
     assert one == other
 
 
-def test_a_kill_before_the_first_file_is_whole_can_be_resumed(folder, files, tmp_path):
+@pytest.mark.parametrize("left", [".log.jsonl.tmp", ".tmpLB7amO"], ids=["ours", "safetensors"])
+def test_a_kill_before_the_first_file_is_whole_can_be_resumed(left, folder, files, tmp_path):
     (tmp_path / "p.run").mkdir()
-    (tmp_path / "p.run" / ".log.jsonl.tmp").write_text("")
+    (tmp_path / "p.run" / left).write_text("")
     assert call(train, *train_args(folder, files, tmp_path / "p", "--resume")) == 0
     assert names_in(tmp_path / "p") == DONE
 

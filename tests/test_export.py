@@ -123,12 +123,12 @@ def test_for_gguf_texts_have_the_ids_that_converters_know(style, tmp_path):
     for text in TEXTS:
         plain = theirs(told["prefix"] + text, add_special_tokens=False).input_ids
         ours = Tokenizer(folder)
-        assert plain == prefix + ours.bos + behind_special(ours, text)
+        assert plain == prefix + ours.bos + after_special(ours, text)
         chat = theirs.apply_chat_template([{"role": "user", "content": text}])
         assert list(chat["input_ids"][:P]) == prefix
 
 
-def behind_special(tokenizer, text):
+def after_special(tokenizer, text):
     """A text's ids where the string before it is a special token."""
     first = next(iter(tokenizer.names))
     return tokenizer.encode_parts([(first, True), (text, False)])[1:]
