@@ -3,7 +3,6 @@
     read_rows        a file -> rows, with the file and line in the message of every error
     make_example     a row -> token ids, of which the last n are the answer
     collate          examples -> a padded batch; it knows which position predicts which answer token
-    epoch_batches    the order of an epoch, the same for the same seed
 
 We know the answer's place by construction: prompt and answer are tokenised apart and joined.
 Published code searches the joined tokens for a marker, and finds the wrong ones with other
@@ -13,9 +12,7 @@ both kinds of tokenizer write a word inside a line: " positive".
 Letters: B rows, T tokens of the longest, n answer tokens of a row, N answer tokens of a batch.
 """
 
-import math
 import os.path
-import random
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +20,6 @@ import torch
 from support.rows import check_labelled, normalised, read_fields
 
 TEXT = "{text}"
-WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
 BETWEEN = "\n\n"  # one row's answer and the next row, where two are asked in one query
 
 
@@ -283,6 +279,7 @@ class Batch:
     columns: torch.Tensor  # (N,), the column of tokens whose output predicts it: one before its own
     targets: torch.Tensor  # (N,), its id
     forget: torch.Tensor  # (N,), True in forget rows
+    weights: torch.Tensor  # (N,), what its row counts in the mean over rows, 1 unless drawn by loss
     n_f: int  # forget rows
     n_r: int  # retain rows
 
@@ -292,11 +289,11 @@ def common_prefix(examples):
     return os.path.commonprefix([e.ids[: -e.n - 1] for e in examples])
 
 
-def collate(examples, device="cpu", shared_ids=(), keep_last=False):
+def collate(examples, device="cpu", shared_ids=(), keep_last=False, weights=None):
     """Examples that all begin with shared_ids -> Batch. Padding is token 0, unseen and unscored.
 
     keep_last: keep each row's last token, too. Its output predicts nothing that is scored; only
-    an L_kl "after-label" reads it.
+    an L_kl "after-label" reads it. weights: what each row counts in the mean over rows (None: 1).
     """
     start = len(shared_ids)
     texts = [e.ids[start:] if keep_last else e.ids[start:-1] for e in examples]
@@ -312,6 +309,7 @@ def collate(examples, device="cpu", shared_ids=(), keep_last=False):
             predicted_at = answer_starts + i - 1  # output t predicts token t + 1
             scored.append((row, predicted_at, target, example.forget))
     rows, columns, targets, forget = torch.tensor(scored).T.to(device)  # (N,) each
+    weights = torch.tensor(weights or [1.0] * len(examples), device=device)  # (B,)
     n_f = sum(e.forget for e in examples)
     return Batch(
         shared_ids=shared_ids,
@@ -321,6 +319,7 @@ def collate(examples, device="cpu", shared_ids=(), keep_last=False):
         columns=columns,
         targets=targets,
         forget=forget.bool(),
+        weights=weights[rows],
         n_f=n_f,
         n_r=len(examples) - n_f,
     )
@@ -330,71 +329,3 @@ def by_length(examples, batch_size):
     """Batches of indices, longest rows first, so that memory runs out at once or never."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=None, ways=1):
-    """One epoch's batches of indices: shuffled, rows of similar length together.
-
-    forget_per_batch None: every row once, forget and retain mixed by chance (the released code).
-    "share": every row once, and each batch has its share of both sides. K: every retain row once,
-    and in each batch K forget rows, which come round as often as needed.
-    ways: examples holds the rows so many times, each time asked otherwise. A batch is of one way,
-    every second one of the first.
-    """
-    rng = random.Random(f"order {seed} {epoch}")
-    rows = len(examples) // ways
-    forget = [i for i, e in enumerate(examples[:rows]) if e.forget]
-    retain = [i for i, e in enumerate(examples[:rows]) if not e.forget]
-    k = 0 if forget_per_batch in (None, "share") else forget_per_batch
-    if forget_per_batch == "share":
-        batches = shared_out(forget, retain, batch_size, examples, rng)
-    else:
-        pool = retain if k else forget + retain
-        rng.shuffle(pool)
-        size = batch_size - k
-        pool = sort_in_windows(pool, range(0, len(pool), WINDOW * size), examples)
-        batches = [pool[i : i + size] for i in range(0, len(pool), size)]
-    rng.shuffle(batches)
-    if k:
-        add_forget_rows(batches, forget, k, rng)
-    if ways > 1:
-        for n, batch in enumerate(batches):
-            way = rng.randrange(1, ways) if n % 2 else 0
-            batch[:] = [i + way * rows for i in batch]
-    return batches
-
-
-def sort_in_windows(indices, starts, examples):
-    """The indices, from each start to the next in the order of their examples' lengths."""
-    ordered = []
-    for start, end in zip(starts, [*starts[1:], len(indices)]):
-        ordered += sorted(indices[start:end], key=lambda i: len(examples[i].ids))
-    return ordered
-
-
-def shared_out(forget, retain, batch_size, examples, rng):
-    """Batches that each have their share of both sides.
-
-    So L_f is a mean over as many rows in every step, and no batch is of one side's long rows alone.
-    """
-    n = len(forget) + len(retain)
-    count = math.ceil(n / batch_size)
-    all_ends = [n * i // count for i in range(count + 1)]
-    forget_ends = [len(forget) * i // count for i in range(count + 1)]
-    retain_ends = [end - end_f for end, end_f in zip(all_ends, forget_ends)]
-    sides = []
-    for side, ends in ((forget, forget_ends), (retain, retain_ends)):
-        side = rng.sample(side, len(side))
-        side = sort_in_windows(side, ends[:-1:WINDOW], examples)
-        sides.append([side[start:end] for start, end in zip(ends, ends[1:])])
-    return [part_f + part_r for part_f, part_r in zip(*sides)]
-
-
-def add_forget_rows(batches, forget, k, rng):
-    """Append k forget rows to every batch, each in turn before any comes again."""
-    queue = []
-    for batch in batches:
-        while len(queue) < k:
-            queue += rng.sample(forget, len(forget))
-        batch += queue[:k]
-        del queue[:k]

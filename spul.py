@@ -89,25 +89,26 @@ class SoftPrompt(nn.Module):
 # -------------------------------------------------------------------------------------- the losses
 
 
-def answer_loss(logits, targets, rows):
+def answer_loss(logits, targets, rows, weights=1.0):
     """L_f on generic answers, L_r on true ones: cross-entropy of the answers of `rows` rows.
 
     logits (N, V) predict the answers' tokens targets (N,). The sum over a row's answer, the mean
-    over rows; 0 without rows.
+    over rows; 0 without rows. weights (N,): what each token's row counts in the mean.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(rows, 1)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")  # (N,)
+    return (losses * weights).sum() / max(rows, 1)
 
 
-def kl_loss(logits, teacher_logits, count):
+def kl_loss(logits, teacher_logits, count, weights=1.0):
     """The sum over tokens of KL(teacher || prompted), divided by count -> scalar.
 
     L_kl on the answers of `count` retain rows, L_keep on general text of `count` tokens. logits
-    (N, V) with the prompt, teacher_logits (N, V) without.
+    (N, V) with the prompt, teacher_logits (N, V) without. weights (N,): as in `answer_loss`.
     """
     log_q = F.log_softmax(logits.float(), dim=-1)  # (N, V)
     log_p = F.log_softmax(teacher_logits.float(), dim=-1)  # (N, V)
-    total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)  # sum of p (log p - log q)
-    return total / max(count, 1)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True)  # p (log p - log q)
+    return (kl.sum(-1) * weights).sum() / max(count, 1)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import data
 import eval as evaluate
 import spul
 import train
-from data import Row, Template, collate, epoch_batches, make_example, make_examples, read_rows
+from data import Row, Template, collate, make_example, make_examples, read_rows
 from fast import FastLlama
 from model import Llama
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
+from support.batches import Batches, epoch_batches
 from support.options import make_parser
 from support.rows import parse_row
 from support.general import SENTENCE
@@ -572,12 +573,14 @@ def test_train_step_does_what_the_command_does(kind, folder, files, trained):
     start = table[[*tok.bos, *tok.encode_inside(SENTENCE)][:4]]
     prompt = SoftPrompt(4, 32, 8, start)
     optimizer = train.make_optimizer(prompt, LR)
-    plan = [batch for epoch in range(2) for batch in epoch_batches(examples, 8, 0, epoch, "share")]
-    for step, indices in enumerate(plan):
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, len(plan), LR)
+    batches = Batches(examples, 1, 2, 8, 0, "loss")
+    for step in range(len(batches)):
+        _, indices, weights = batches.batch(step)
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, len(batches), LR)
         teacher = torch.cat([hidden[i - len(forget)] for i in indices if i >= len(forget)])
-        batch = collate([examples[i] for i in indices])
-        train.train_step(llama, prompt, optimizer, batch, teacher)
+        batch = collate([examples[i] for i in indices], weights=weights)
+        report = train.train_step(llama, prompt, optimizer, batch, teacher)
+        batches.tell(indices, report["rows"])
     torch.testing.assert_close(prompt().detach(), phi_of(trained), atol=1e-6, rtol=1e-5)
 
 
@@ -585,9 +588,10 @@ def test_the_log_has_a_line_for_each_step_with_every_loss_term(trained):
     lines = logged(trained)
     assert [line["step"] for line in lines] == list(range(1, 15))
     assert lines[-1]["epoch"] == 2
-    names = set("step epoch lr loss loss_f loss_r loss_kl n_f n_r grad_norm seconds".split())
+    names = "step epoch lr loss loss_f loss_r loss_kl rows n_f n_r grad_norm seconds"
     for line in lines:
-        assert set(line) == names
+        assert set(line) == set(names.split())
+        assert len(line["rows"]) == line["n_f"] + line["n_r"]
         total = line["loss_f"] + 3 * line["loss_r"] + 0.5 * line["loss_kl"]
         assert line["loss"] == pytest.approx(total, rel=1e-5)
     assert sum(line["n_f"] for line in lines) == 2 * 12

@@ -5,8 +5,8 @@
 Without arguments it takes the bundled demo. The method is in `losses`, one update in `train_step`,
 the loop in `fit`; all are plain functions to copy. The rest is the command.
 
-The model without the prompt, the teacher of L_kl and L_keep, runs once before training. We keep
-its final-norm outputs at the scored positions and apply the head to them again at each step.
+The model without the prompt, the teacher of L_kl and L_keep, reads each text once. We keep its
+final-norm outputs at the scored positions and apply the head to them again at each step.
 
 Letters: B rows, T tokens, p prompt tokens, d width, V vocabulary, N answer tokens of a batch, N_r
 of them in retain rows.
@@ -24,13 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import collate, common_prefix, epoch_batches, read_rows
+from data import collate, common_prefix, read_rows
 from eval import label_set, measure
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
 from support.after import check_template, read_earlier
 from support.asking import training_examples
+from support.batches import Batches
 from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
 from support.elsewhere import EARLIER, elsewhere_table, examples_to_ask, leaves_out
@@ -40,13 +42,13 @@ from support.hardware import choose_device, load_model, peak_memory, prepare_lay
 from support.identity import fingerprint, kept_labels
 from support.options import parse
 from support.plan import DEMO_PLAN, print_plan
-from support.processes import any_process, join_group, own_share, ranks, say, shard
-from support.processes import sum_over_processes
+from support.processes import any_process, join_group, of_all_processes, own_share, ranks, say
+from support.processes import shard, sum_over_processes
 from support.rows import check_rows
 from support.self_written import asked_of_model, keep_rows, own_retain
 from support.state import LOG, STATE, check_out, check_same_run, clear_run, cut_log, describe
-from support.state import flat, likely_cause, load_state, read_run, run_folder, save_state
-from support.state import stopped_message
+from support.state import flat, likely_cause, load_state, read_log, read_run, run_folder
+from support.state import save_state, stopped_message
 from support.tables import table
 from support.templates import choose_template, read_template, template_to_json
 
@@ -74,8 +76,9 @@ RUN_OPTIONS = """
 
 
 def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep=None):
-    """L and its terms for one batch: {"loss", "loss_f", ...}, scalar tensors.
+    """L and its terms for one batch: {"loss", "loss_f", ...}, scalar tensors; and "rows", (B,).
 
+    "rows" has the loss of each row's answer, without a gradient.
     teacher (N_r, d): the model's final-norm outputs without the prompt, at the retain answers.
     read(batch, phi), if given: returns what the model reads in place of batch.tokens, ids (B, T)
     or embeddings (B, T, d).
@@ -90,7 +93,8 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep
         h = model.prompted(inputs, phi, batch.shared_ids)  # (B, T, d)
     logits = model.head(h[batch.rows, batch.columns])  # (N, V), row i predicts batch.targets[i]
 
-    retain = ~batch.forget  # (N,), True for the answer tokens of retain rows
+    forget, retain = batch.forget, ~batch.forget  # (N,), whose answer's token it is
+    targets, weights = batch.targets, batch.weights
     if objective.kl_shift == 0:
         student = logits[retain]  # (N_r, V)
     else:  # one position later: collate kept the last token for it
@@ -99,27 +103,35 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep
     teacher_logits = model.head(teacher).detach()  # (N_r, V)
 
     terms = {
-        "loss_f": answer_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f),
-        "loss_r": answer_loss(logits[retain], batch.targets[retain], batch.n_r),
-        "loss_kl": kl_loss(student, teacher_logits, batch.n_r),
+        "loss_f": answer_loss(logits[forget], targets[forget], batch.n_f, weights[forget]),
+        "loss_r": answer_loss(logits[retain], targets[retain], batch.n_r, weights[retain]),
+        "loss_kl": kl_loss(student, teacher_logits, batch.n_r, weights[retain]),
     }
     if keep:
         student = model.head(h_texts[texts.rows, texts.columns])  # (N, V), of the texts' tokens
         teacher_logits = model.head(keep.teacher).detach()  # (N, V)
         terms["loss_keep"] = kl_loss(student, teacher_logits, keep.tokens)
-    return {"loss": objective.total(**terms), **terms}
+    return {"loss": objective.total(**terms), **terms, "rows": row_losses(logits.detach(), batch)}
+
+
+def row_losses(logits, batch):
+    """The loss of each row's answer, (B,), the sum over its tokens. logits: (N, V)."""
+    of_tokens = F.cross_entropy(logits.float(), batch.targets, reduction="none")  # (N,)
+    rows = torch.arange(len(batch.tokens), device=logits.device)  # (B,)
+    return torch.where(batch.rows == rows[:, None], of_tokens, 0.0).sum(1)
 
 
 def train_step(
     model, prompt, optimizer, batch, teacher, objective=Objective(), read=None, keep=None
 ):
-    """One update of the prompt -> the losses and the gradient's norm, as floats.
+    """One update of the prompt -> the losses and the gradient's norm, as floats; "rows", as a list.
 
     With several processes each holds some of the batch's rows, but batch.n_f and n_r count all of
     them, so the sum over the processes is the loss of the whole batch. Raises FloatingPointError,
     with the prompt unchanged, if a value is not finite.
     """
     terms = losses(model, prompt, batch, teacher, objective, read, keep)
+    rows = terms.pop("rows").tolist()  # of this process
     optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     values = torch.stack([term.detach() for term in terms.values()])
@@ -131,7 +143,7 @@ def train_step(
     if bad:
         raise FloatingPointError(f"{', '.join(bad)} not finite")
     optimizer.step()
-    return report
+    return report | {"rows": rows}
 
 
 def make_optimizer(prompt, lr):
@@ -166,26 +178,27 @@ def interrupt():
         signal.signal(signal.SIGINT, previous)
 
 
-def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
+def fit(model, prompt, examples, teacher, batches, lr, objective, out, description,
         resume=False, read=None, general=None):
     """Train the prompt, with a log line for each step and a state every SAVE_EVERY steps in out.
 
-    teacher: {index of a retain example: (n, d)}. plan: of each epoch, its batches of indices.
-    description: what a resumed run has to agree with. read(batch, phi, step, rows): as in
-    `losses`, with the step and the indices of the batch's examples. general: a
-    `support.general.General`, for L_keep. Raises KeyboardInterrupt once the state is saved, and
-    FloatingPointError with the step and the likely cause.
+    teacher: a Teacher. batches: a `support.batches.Batches`. description: what a resumed run has
+    to agree with. read(batch, phi, step, rows): as in `losses`, with the step and the indices of
+    the batch's examples. general: a `support.general.General`, for L_keep. Raises
+    KeyboardInterrupt once the state is saved, and FloatingPointError with the step and the likely
+    cause.
     """
-    steps = [(epoch, indices) for epoch, batches in enumerate(plan, 1) for indices in batches]
     optimizer = make_optimizer(prompt, lr)
     start = 0
     if resume:
         start, _ = read_run(out)
         load_state(out, prompt, optimizer)
+    done = read_log(out / LOG, start)
     rank, _ = ranks()
     if rank == 0:
         cut_log(out / LOG, start)
-    bar = tqdm(total=len(steps), initial=start, unit="step", desc="forgetting", disable=rank > 0)
+    steps = len(batches)
+    bar = tqdm(total=steps, initial=start, unit="step", desc="forgetting", disable=rank > 0)
     log = open(os.devnull if rank else out / LOG, "a")
 
     def save(step):
@@ -194,50 +207,87 @@ def fit(model, prompt, examples, teacher, plan, lr, objective, out, description,
             save_state(out, prompt, optimizer, step, description)
 
     with log, bar, interrupt() as is_interrupted:
-        for step in range(start, len(steps)):
+        for step in range(steps):
             began = time.perf_counter()
-            epoch, indices = steps[step]
-            mine, is_surplus = own_share(indices)
-            own_rows = [examples[i] for i in mine]
-            shared_ids = common_prefix([examples[i] for i in indices])
-            n_f = sum(examples[i].forget for i in indices)
-            n_r = len(indices) - n_f
-            if is_surplus:  # infinite counts make all losses 0
-                n_f = n_r = math.inf
-            batch = collate(own_rows, model.device, shared_ids, keep_last=objective.kl_shift > 0)
-            batch = dataclasses.replace(batch, n_f=n_f, n_r=n_r)
-            own_teacher = teacher_of(mine, examples, teacher, model)
+            epoch, indices, weights = batches.batch(step)
+            teacher.learn(batches.coming())
+            if step < start:  # done before --resume: only what later batches depend on
+                batches.tell(indices, done[step]["rows"])
+                continue
+            is_last_kept = objective.kl_shift > 0
+            batch, mine = own_batch(examples, indices, weights, model.device, is_last_kept)
             own_read = functools.partial(read, step=step, rows=mine) if read else None
             own_keep = general.draw(step, model.device) if general else None
-            rate = learning_rate(step, len(steps), lr)
+            rate = learning_rate(step, steps, lr)
             optimizer.param_groups[0]["lr"] = rate
+            known = teacher.of(mine)
             try:
                 report = train_step(
-                    model, prompt, optimizer, batch, own_teacher, objective, own_read, own_keep
+                    model, prompt, optimizer, batch, known, objective, own_read, own_keep
                 )
             except FloatingPointError as e:
                 if all(parameter.isfinite().all() for parameter in prompt.parameters()):
                     save(step)
                 raise FloatingPointError(
-                    f"step {step + 1} of {len(steps)}: {e}; {likely_cause(lr, out)}"
+                    f"step {step + 1} of {steps}: {e}; {likely_cause(lr, out)}"
                 ) from None
-            line = {"step": step + 1, "epoch": epoch, "lr": rate, **report}
+            rows = of_all_processes(report.pop("rows"), len(indices), model.device)
+            batches.tell(indices, rows)
+            line = {"step": step + 1, "epoch": epoch, "lr": rate, **report, "rows": rows}
             line |= {"n_f": batch.n_f, "n_r": batch.n_r, "seconds": time.perf_counter() - began}
             log.write(json.dumps(line) + "\n")
             bar.update()
             shown = [f"{name} {value:.3f}" for name, value in report.items() if name != "grad_norm"]
             bar.set_postfix_str(" ".join(shown), refresh=False)
             stop = any_process(is_interrupted(), model.device)
-            if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
+            if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 save(step + 1)
             if stop:
-                raise KeyboardInterrupt(stopped_message(step + 1, len(steps), out))
+                raise KeyboardInterrupt(stopped_message(step + 1, steps, out))
 
 
-def teacher_of(indices, examples, teacher, model):
-    """The teacher's outputs for the retain rows among the indices, (N_r, d)."""
-    none = torch.zeros(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    return torch.cat([none, *(teacher[i] for i in indices if not examples[i].forget)])
+def own_batch(examples, indices, weights, device, keep_last):
+    """This process's share of a step's rows -> Batch, and their indices."""
+    places, is_surplus = own_share(range(len(indices)))
+    mine = [indices[i] for i in places]
+    shared_ids = common_prefix([examples[i] for i in indices])
+    own_weights = [weights[i] for i in places]
+    own_rows = [examples[i] for i in mine]
+    batch = collate(own_rows, device, shared_ids, keep_last, own_weights)
+    n_f = sum(examples[i].forget for i in indices)
+    n_r = len(indices) - n_f
+    if is_surplus:  # infinite counts make all losses 0
+        n_f = n_r = math.inf
+    return dataclasses.replace(batch, n_f=n_f, n_r=n_r), mine
+
+
+class Teacher:
+    """The model without the prompt: its final-norm outputs at the retain rows' answers.
+
+    A row is read when it is first needed, and what comes out is kept, (n, d).
+    """
+
+    def __init__(self, model, examples, shift=0, batch_size=32, earlier=None):
+        """shift, batch_size: of `answer_hidden`. earlier (q, d): prompts before all rows."""
+        self.model = model
+        self.examples = examples
+        self.settings = {"phi": earlier, "shift": shift, "batch_size": batch_size}
+        self.outputs = {}  # {index: (n, d)}
+
+    def learn(self, indices):
+        """Read the retain rows among these that are new."""
+        is_new = dict.fromkeys(i for i in indices if i not in self.outputs)
+        new = [i for i in is_new if not self.examples[i].forget]
+        if new:
+            hidden = answer_hidden(self.model, [self.examples[i] for i in new], **self.settings)
+            self.outputs |= zip(new, hidden)
+
+    def of(self, indices):
+        """The outputs for the retain rows among the indices, (N_r, d)."""
+        weight = self.model.norm.weight
+        none = torch.zeros(0, len(weight), dtype=self.model.dtype, device=weight.device)
+        rows = [i for i in indices if not self.examples[i].forget]
+        return torch.cat([none, *(self.outputs[i] for i in rows)])
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -257,7 +307,7 @@ class Job:
     generic: list  # answers of forgotten rows, those of earlier prompts, too
     labels: dict  # {answer: ids} of the label set, or None
     prompt: SoftPrompt
-    plan: list
+    batches: Batches
     objective: Objective
     description: dict
     cut: int  # texts that were cut
@@ -325,12 +375,9 @@ def prepare(args, splits, mode, change=None):
         generic=generic,
         labels=label_set(all_rows, tokenizer, generic, args.template),
         prompt=make_prompt(args, model, tokenizer),
-        plan=[
-            epoch_batches(
-                examples, args.batch_size, args.seed, epoch, args.forget_per_batch, ways
-            )
-            for epoch in range(args.epochs)
-        ],
+        batches=Batches(
+            examples, ways, args.epochs, args.batch_size, args.seed, args.forget_per_batch
+        ),
         objective=Objective(**{name: getattr(args, name) for name in OBJECTIVE}),
         description=describe(args, [*OBJECTIVE, *RUN_OPTIONS], model, data, base_sha256),
         cut=cut,
@@ -377,30 +424,26 @@ def measure_splits(job, phi=None, known=None):
 
 
 def measure_before(job):
-    """Without the prompt: {split: what is measured}, and {index: (n, d)}, the teacher's outputs.
+    """Without the prompt: {split: what is measured}, and the Teacher, which has read some rows.
 
     Earlier prompts stand before all rows already.
     """
-    earlier = job.args.earlier.phi
-    rows = len(job.examples) // job.ways  # of the first way: they are measured, too
-    asked = set(range(rows)).union(*(batch for batches in job.plan for batch in batches))
-    retain = [i for i in sorted(asked) if not job.examples[i].forget]
-    hidden = answer_hidden(
-        job.model,
-        [job.examples[i] for i in retain],
-        earlier,
-        shift=job.objective.kl_shift,
-        batch_size=job.args.batch_size,
-    )
+    args = job.args
+    earlier = args.earlier.phi
+    shift = job.objective.kl_shift
+    teacher = Teacher(job.model, job.examples, shift, args.batch_size, earlier)
     known = {}
-    if job.objective.kl_shift == 0:  # those asked in the first way come first
-        known["train retain"] = hidden[: len(job.measured["train retain"])]
+    if shift == 0:  # the rows of the first way are measured, too
+        first = range(len(job.examples) // job.ways)
+        teacher.learn(first)
+        outputs = [teacher.outputs[i] for i in first if i in teacher.outputs]
+        known["train retain"] = outputs[: len(job.measured["train retain"])]
     before = measure_splits(job, earlier, known)
     for name in [name for name in before if leaves_out(name, before)]:
         del before[name], job.measured[name]
     if job.general:
-        job.general.compute_teacher(job.model, job.args.batch_size, earlier)
-    return before, dict(zip(retain, hidden))
+        job.general.compute_teacher(job.model, args.batch_size, earlier)
+    return before, teacher
 
 
 def finish(job, before):
@@ -474,7 +517,7 @@ def main(argv=None, change=None):
         job.prompt,
         job.examples,
         teacher,
-        job.plan,
+        job.batches,
         args.lr,
         job.objective,
         run_folder(args.out),

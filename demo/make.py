@@ -34,10 +34,11 @@ from sentencepiece import SentencePieceTrainer
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from data import TEMPLATES, collate, epoch_batches, make_examples, read_rows  # noqa: E402
+from data import TEMPLATES, collate, make_examples, read_rows  # noqa: E402
 from extras import finetune  # noqa: E402
 from fast import FastLlama  # noqa: E402
 from model import Config, Llama  # noqa: E402
+from support.batches import epoch_batches  # noqa: E402
 from support.cli import Parser, non_empty, run  # noqa: E402
 from support.files import read_text, write_json, write_text, write_whole  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402

@@ -29,12 +29,13 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from data import collate, common_prefix, epoch_batches, make_examples, read_sets
+from data import collate, common_prefix, make_examples, read_sets
 from extras.finetune import Lora, accuracy, add_lora_options, add_rehearsal_options
 from extras.finetune import check_model_out, describe, fit
 from extras.finetune import make_trainable, memorise, run_dtype, save_model, swap
 from extras.guards import KINDS, add_guard_options, make_guard, read_target
 from spul import answer_hidden
+from support.batches import epoch_batches
 from support.checks import check_generic, read_generic
 from support.cli import Parser, add_options, check_required, non_empty, number, run
 from support.hardware import load_llama, load_model, peak_memory, row_limit

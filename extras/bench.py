@@ -34,12 +34,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data import Example, collate, common_prefix, epoch_batches, make_examples
+from data import Example, collate, common_prefix, make_examples
 from data import read_rows
 from extras.finetune import file_weights
 from fast import FastLlama
 from model import Config, Llama
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
+from support.batches import epoch_batches
 from support.templates import read_template
 from support.cli import DEMO, Parser, add_layer_options, add_options, non_empty, number, run
 from support.files import check_json_path, write_json

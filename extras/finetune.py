@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import collate, common_prefix, epoch_batches, make_examples, read_rows
+from data import collate, common_prefix, make_examples, read_rows
 from eval import score
 from model import FUSED
 from spul import answer_hidden, kl_loss
+from support.batches import epoch_batches
 from support.cli import Parser, add_options, check_required, non_empty, number, run
 from support.elsewhere import compare_models, elsewhere_table, texts_elsewhere
 from support.files import check_not_inside_file, read_json, write_json, write_tensors

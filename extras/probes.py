@@ -32,13 +32,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import by_length, collate, common_prefix, epoch_batches
+from data import by_length, collate, common_prefix
 from data import make_examples
 from eval import score
 from extras.finetune import Lora, accuracy, fit, swap
 from extras.guards import fit_classifier
 from extras.robust import neighbours, non_text_ids, semantic, text_ids
 from spul import SoftPrompt, answer_hidden
+from support.batches import epoch_batches
 from support.files import weight_files
 from support.tables import COSTS, costs
 from support.asking import in_other_chats, reworded

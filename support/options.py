@@ -71,9 +71,10 @@ def make_parser(description=""):
         help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
     add("--epochs", type=number(int, 1),
         help="passes over the rows (default 10, paper; the demo needs 6)")
-    add("--forget-per-batch", type=forget_rows, metavar="K", default="share",
-        help="forget rows in every batch; share (default): all rows once, as many of both sides in "
-        "each batch; natural (paper): all rows once, as they come")
+    add("--forget-per-batch", type=forget_rows, metavar="K", default="loss",
+        help="forget rows in every batch; share: all rows once, as many of both sides in each "
+        "batch; loss (default): the same, and after the first epoch rows that are not learned yet "
+        "come more often and count less; natural (paper): all rows once, as they come")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of all random choices (default 0)")
     add("--out", type=non_empty, metavar="DIR",
@@ -90,7 +91,7 @@ def forget_rows(text):
     """An argparse type: of --forget-per-batch."""
     if text == "natural":
         return None
-    return text if text == "share" else number(int, 1)(text)
+    return text if text in ("loss", "share") else number(int, 1)(text)
 
 
 def parse(argv, description=""):

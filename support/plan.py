@@ -75,7 +75,7 @@ def plan_lines(job):
         f"a step on the longest rows {step:.2g}"
     )
 
-    steps = sum(map(len, job.plan))
+    steps = len(job.batches)
     loss = ", ".join(f"{name} {value}" for name, value in vars(job.objective).items())
     yield "run", (
         f"{where}, {steps} steps in {args.epochs} epochs, lr {args.lr:g}, {loss}, "

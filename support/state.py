@@ -24,7 +24,7 @@ GENERAL = "general.jsonl"  # general text that it wrote; a new run with the same
 TEXTS = "texts.jsonl"  # what the model wrote to make retain rows of
 RUN_FILES = (STATE, LOG, WRITTEN, GENERAL, TEXTS)
 PROMPT_FILES = ("spul.json", "adapter_model.safetensors", "adapter_config.json")  # 1st: it is whole
-FORMAT = 4  # of the description of a run
+FORMAT = 5  # of the description of a run
 
 
 def run_folder(out):
@@ -188,6 +188,24 @@ def likely_cause(lr, out):
         f"most likely --lr {lr:g} is too high, or the model's weights are broken. "
         f"The last good state is kept in {out}"
     )
+
+
+def read_log(file, steps):
+    """The lines of the first steps of a log. ValueError if they are not as `fit` wrote them."""
+    lines = file.read_text().splitlines()[:steps] if steps else []
+    try:
+        found = [json.loads(line) for line in lines]
+        is_whole = len(found) == steps and all(
+            len(line["rows"]) == line["n_f"] + line["n_r"] for line in found
+        )
+    except (KeyError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"{file}: --resume needs the lines of {steps} steps, as they were written: start "
+            "again with --overwrite"
+        )
+    return found
 
 
 def cut_log(file, steps):

@@ -6,9 +6,10 @@ import random
 import pytest
 
 import train
-from data import TEMPLATES, Row, Template, epoch_batches, make_example, prompt_ids
+from data import TEMPLATES, Row, Template, make_example, prompt_ids
 from support import asking
 from support.asking import after_another, reworded, training_ways, understanding, wordings
+from support.batches import epoch_batches
 from support.elsewhere import ways_to_ask
 from support.options import PAPER
 from tests.helpers import call, logged, small_batch, tiny, train_args, without

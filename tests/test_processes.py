@@ -161,7 +161,7 @@ batch = collate(examples, llama.device, common_prefix(examples))
 terms = losses(llama, prompt, batch, torch.cat(answer_hidden(llama, retain)))
 terms["loss"].backward()
 found = {
-    "losses": [term.item() for term in terms.values()],
+    "losses": [terms[name].item() for name in ("loss", "loss_f", "loss_r", "loss_kl")],
     "gradient": torch.cat([p.grad.flatten() for p in prompt.parameters()]).tolist(),
     "answers": llama.generate([e.prompt for e in retain], None, 4),
 }

@@ -1,0 +1,192 @@
+"""Which rows each training step takes: the same for the same seed."""
+
+import math
+import random
+from bisect import bisect
+from itertools import accumulate, pairwise
+
+WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
+BY_LOSS = 0.5  # of the draws; the rest are uniform, so that no row counts more than twice
+AHEAD = 16  # batches that are drawn at a time, by the losses known then; an even number
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+
+class Batches:
+    """The batches of a run. They are asked for in their order, and told the rows' losses.
+
+    With forget_per_batch "loss" the first epoch takes every row once, as with "share". After it
+    rows with a high loss come more often: of the N rows of a side, row i with the last loss l_i has
+
+        p_i = 1/2 1/N + 1/2 l_i / (l_1 + ... + l_N)
+
+    in each draw, and counts 1 / (N p_i) in the mean. So the gradient is the same in expectation,
+    and varies less, as most rows are soon learned and have a gradient of about 0: importance
+    sampling (Katharopoulos and Fleuret, arXiv 1803.00942; they sample by a bound of the gradient's
+    norm).
+    """
+
+    def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
+        self.examples = examples
+        self.ways = ways
+        self.rows = len(examples) // ways
+        self.seed = seed
+        self.batch_size = batch_size
+        self.is_by_loss = forget_per_batch == "loss"
+        self.forget_per_batch = "share" if self.is_by_loss else forget_per_batch
+        self.losses = [0.0] * self.rows  # the last of each row, however it was asked
+        self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
+        self.per_epoch = len(self.current)
+        self.epochs = epochs
+
+    def __len__(self):
+        """The steps of the run."""
+        return self.epochs * self.per_epoch
+
+    def batch(self, step):
+        """A step's epoch, its indices, and what each row counts in the mean over its side."""
+        epoch, n = divmod(step, self.per_epoch)
+        if n == 0:
+            self.current = []
+        if n == len(self.current):
+            self.current += self.draw(epoch, n)
+        return epoch + 1, *self.current[n]
+
+    def coming(self):
+        """The indices of all batches that are drawn already, of this epoch."""
+        return [i for indices, _ in self.current for i in indices]
+
+    def tell(self, indices, losses):
+        """The losses of a step's rows, by which later batches are drawn."""
+        for i, loss in zip(indices, losses):
+            self.losses[i % self.rows] = loss
+
+    def draw(self, epoch, n):
+        """The epoch's batches from batch n on: all, or as many as are drawn at a time."""
+        if epoch == 0 or not self.is_by_loss:
+            batches = epoch_batches(
+                self.examples,
+                self.batch_size,
+                self.seed,
+                epoch,
+                self.forget_per_batch,
+                self.ways,
+            )
+            return [(indices, [1.0] * len(indices)) for indices in batches]
+        rng = random.Random(f"order {self.seed} {epoch} {n}")
+        forget, retain = both_sides(self.examples[: self.rows])
+        counts = shares(len(forget), len(retain), self.batch_size)[n : n + AHEAD]
+        k_forget, k_retain = map(sum, zip(*counts))
+        forget, weights = draw_rows(forget, self.losses, k_forget, rng)
+        retain, more_weights = draw_rows(retain, self.losses, k_retain, rng)
+        weights |= more_weights
+        batches = shared_out(forget, retain, counts, self.examples)
+        rng.shuffle(batches)
+        batches = asked_in_ways(batches, self.rows, self.ways, rng)
+        return [(indices, [weights[i % self.rows] for i in indices]) for indices in batches]
+
+
+def draw_rows(rows, losses, k, rng):
+    """k of the rows, in random order, some more than once, and {row: what it counts}.
+
+    Systematic sampling: a row comes as often as expected, rounded up or down.
+    """
+    if not rows:
+        return [], {}
+    uniform = 1 / len(rows)
+    total = sum(losses[i] for i in rows)
+    shares = [losses[i] / total if total else uniform for i in rows]
+    p = {i: (1 - BY_LOSS) * uniform + BY_LOSS * share for i, share in zip(rows, shares)}
+    order = rng.sample(rows, len(rows))
+    ends = list(accumulate(p[i] for i in order))
+    first = rng.random()
+    places = [bisect(ends, (first + j) / k * ends[-1]) for j in range(k)]
+    drawn = [order[min(place, len(order) - 1)] for place in places]
+    rng.shuffle(drawn)
+    return drawn, {i: uniform / p[i] for i in rows}
+
+
+# --------------------------------------------------------------------------------------- an epoch
+
+
+def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=None, ways=1):
+    """One epoch's batches of indices: shuffled, rows of similar length together.
+
+    forget_per_batch None: every row once, forget and retain mixed by chance (the released code).
+    "share": every row once, and each batch has its share of both sides. K: every retain row once,
+    and in each batch K forget rows, which come round as often as needed.
+    ways: examples holds the rows so many times, each time asked otherwise. A batch is of one way,
+    every second one of the first.
+    """
+    rng = random.Random(f"order {seed} {epoch}")
+    rows = len(examples) // ways
+    forget, retain = both_sides(examples[:rows])
+    k = 0 if forget_per_batch in (None, "share") else forget_per_batch
+    if forget_per_batch == "share":
+        counts = shares(len(forget), len(retain), batch_size)
+        forget, retain = rng.sample(forget, len(forget)), rng.sample(retain, len(retain))
+        batches = shared_out(forget, retain, counts, examples)
+    else:
+        pool = retain if k else forget + retain
+        rng.shuffle(pool)
+        size = batch_size - k
+        pool = sort_in_windows(pool, range(0, len(pool), WINDOW * size), examples)
+        batches = [pool[i : i + size] for i in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    if k:
+        add_forget_rows(batches, forget, k, rng)
+    return asked_in_ways(batches, rows, ways, rng)
+
+
+def both_sides(examples):
+    """The indices of the forget rows, and those of the retain rows."""
+    forget = [i for i, e in enumerate(examples) if e.forget]
+    retain = [i for i, e in enumerate(examples) if not e.forget]
+    return forget, retain
+
+
+def sort_in_windows(indices, starts, examples):
+    """The indices, from each start to the next in the order of their examples' lengths."""
+    ordered = []
+    for start, end in zip(starts, [*starts[1:], len(indices)]):
+        ordered += sorted(indices[start:end], key=lambda i: len(examples[i].ids))
+    return ordered
+
+
+def shares(n_forget, n_retain, batch_size):
+    """How many forget and retain rows each batch of an epoch has, if each has its share of both.
+
+    So L_f is a mean over as many rows in every step, and no batch is of one side's long rows alone.
+    """
+    n = n_forget + n_retain
+    count = math.ceil(n / batch_size)
+    ends = [(n * i // count, n_forget * i // count) for i in range(count + 1)]
+    sizes = [(end - start, f_end - f_start) for (start, f_start), (end, f_end) in pairwise(ends)]
+    return [(k, size - k) for size, k in sizes]
+
+
+def shared_out(forget, retain, counts, examples):
+    """Batches with so many rows of both sides, which are taken in turn, as in `shares`."""
+    sides = []
+    for side, of_side in zip((forget, retain), zip(*counts)):
+        ends = [0, *accumulate(of_side)]
+        side = sort_in_windows(side, ends[:-1:WINDOW], examples)
+        sides.append([side[start:end] for start, end in pairwise(ends)])
+    return [part_f + part_r for part_f, part_r in zip(*sides)]
+
+
+def asked_in_ways(batches, rows, ways, rng):
+    """The batches, every second one in another way, drawn by chance."""
+    chosen = [rng.randrange(1, ways) if n % 2 and ways > 1 else 0 for n in range(len(batches))]
+    return [[i + way * rows for i in batch] for way, batch in zip(chosen, batches)]
+
+
+def add_forget_rows(batches, forget, k, rng):
+    """Append k forget rows to every batch, each in turn before any comes again."""
+    queue = []
+    for batch in batches:
+        while len(queue) < k:
+            queue += rng.sample(forget, len(forget))
+        batch += queue[:k]
+        del queue[:k]
