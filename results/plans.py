@@ -90,6 +90,7 @@ LEFT_OUT = (  # or changed, one at a time: what the study's line says, its name 
     ("no L_keep", "gamma-0", "--gamma", 0),
     ("random start", "random", "--init", "random"),
     ("one way to ask", "one-way", "--rewordings", 0, "--single"),
+    ("all rows once an epoch", "once", "--forget-per-batch", "share"),
     ("batches as rows come", "natural", "--forget-per-batch", "natural"),
     ("two generic answers", "two-answers", "--generic", "neutral,unknown"),
     ("free vectors", "free", "--encoder-hidden", 0),

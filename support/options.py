@@ -69,8 +69,8 @@ def make_parser(description=""):
         help="the paper's setting as a whole; options given beside it still count")
     add("--lr", type=number(float, 0, above=True), default=1e-2,
         help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
-    add("--epochs", type=number(int, 1),
-        help="passes over the rows (default 10, paper; the demo needs 6)")
+    add("--epochs", type=number(int, 1), default=6,
+        help="passes over the rows (default 6, paper 10)")
     add("--forget-per-batch", type=forget_rows, metavar="K", default="loss",
         help="forget rows in every batch; share: all rows once, as many of both sides in each "
         "batch; loss (default): the same, and after the first epoch rows that are not learned yet "
@@ -105,7 +105,6 @@ def parse(argv, description=""):
     is_demo = use_demo(args)
     check_required(args, "model", "forget")
     args.out = args.out or (str(DEMO / "prompt") if is_demo else "prompt")
-    args.epochs = args.epochs or (6 if is_demo else 10)
     if args.rewordings is None:
         args.rewordings = 0 if is_demo else 32
     args.generic = read_generic(args.generic)
