@@ -200,7 +200,7 @@ def test_without_paper_weights_start_rate_and_batches_are_not_the_papers():
     other = vars(parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
     different -= {"paper", "rewordings", "single", "forget_per_batch"}
-    assert different == {"alpha", "gamma", "init", "generic", "lr", "batch_size"}
+    assert different == {"alpha", "gamma", "init", "generic", "lr", "epochs", "batch_size"}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):
