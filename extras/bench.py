@@ -39,14 +39,14 @@ from data import read_rows
 from extras.finetune import file_weights
 from fast import FastLlama
 from model import Config, Llama
-from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
+from spul import Objective, SoftPrompt, answer_loss, kl_loss
 from support.batches import epoch_batches
 from support.templates import read_template
 from support.cli import DEMO, Parser, add_layer_options, add_options, non_empty, number, run
 from support.files import check_json_path, write_json
 from support.hardware import choose_device, choose_dtype, load_model, prepare_layers
 from support.hardware import replace_linear, row_limit
-from train import CLIP, make_optimizer, teacher_of, train_step
+from train import CLIP, Teacher, make_optimizer, train_step
 
 # Shapes of models on the Hugging Face hub, from their config.json.
 SHAPES = {
@@ -225,7 +225,7 @@ def take_turns(works, rounds, device):
 def our_step(model, examples, p, teacher):
     """-> step(indices), which trains a prompt of p vectors on a batch and returns its loss.
 
-    teacher: of each example, the model's final-norm outputs without the prompt, (n, d).
+    teacher: a Teacher that has read the examples.
     """
     torch.manual_seed(0)
     prompt = SoftPrompt(p, model.config.hidden_size).to(model.device)
@@ -234,7 +234,7 @@ def our_step(model, examples, p, teacher):
 
     def step(indices):
         batch = collate([examples[i] for i in indices], model.device, shared_ids)
-        known = teacher_of(indices, examples, teacher, model)  # (N_r, d)
+        known = teacher.of(indices)  # (N_r, d)
         return train_step(model, prompt, optimizer, batch, known)["loss"]
 
     return step
@@ -293,7 +293,7 @@ def their_step(model, examples, p, teacher, checkpointing):
             mask[i, : len(e.ids)] = 1
         output = wrapped(input_ids=batch.tokens, attention_mask=mask, use_cache=False)
         logits = output.logits[batch.rows, p + batch.columns]  # (N, V), of (B, p + T, V)
-        teacher_logits = base.lm_head(teacher_of(indices, examples, teacher, model))  # (N_r, V)
+        teacher_logits = base.lm_head(teacher.of(indices))  # (N_r, V)
         retain = ~batch.forget  # (N,)
         loss_f = answer_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f)
         loss_r = answer_loss(logits[retain], batch.targets[retain], batch.n_r)
@@ -310,7 +310,8 @@ def their_step(model, examples, p, teacher, checkpointing):
 
 def training_steps(model, examples, args, peers):
     """{name: step(indices)} of all that is compared. peers: with transformers and peft."""
-    teacher = answer_hidden(model, examples, batch_size=args.batch_size)
+    teacher = Teacher(model, examples, batch_size=args.batch_size)
+    teacher.learn(range(len(examples)))
     steps = {}
     for p in PROMPT_SIZES:
         steps[f"spul, p = {p}"] = our_step(model, examples, p, teacher)
