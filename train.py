@@ -210,7 +210,7 @@ def fit(model, prompt, examples, teacher, batches, lr, objective, out, descripti
         for step in range(steps):
             began = time.perf_counter()
             epoch, indices, weights = batches.batch(step)
-            teacher.learn(batches.coming())
+            teacher.learn(batches.ahead(step))
             if step < start:  # done before --resume: only what later batches depend on
                 batches.tell(indices, done[step]["rows"])
                 continue

@@ -53,9 +53,11 @@ class Batches:
             self.current += self.draw(epoch, n)
         return epoch + 1, *self.current[n]
 
-    def coming(self):
-        """The indices of all batches that are drawn already, of this epoch."""
-        return [i for indices, _ in self.current for i in indices]
+    def ahead(self, step):
+        """The indices of this batch and those drawn with it, if it is the first of these."""
+        n = step % self.per_epoch
+        is_first = n % AHEAD == 0
+        return [i for indices, _ in self.current[n : n + AHEAD] for i in indices if is_first]
 
     def tell(self, indices, losses):
         """The losses of a step's rows, by which later batches are drawn."""

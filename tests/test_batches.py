@@ -92,6 +92,20 @@ def test_every_second_batch_drawn_by_loss_is_asked_in_the_first_way():
     assert set(ways[0::2]) == {0} and set(ways[1::2]) == {1, 2}
 
 
+@pytest.mark.parametrize("forget_per_batch", [None, "loss"])
+def test_what_the_teacher_reads_ahead_are_the_rows_of_the_next_batches(forget_per_batch):
+    examples = small_batch(100, 300) * 3
+    batches = made(examples, ways=3, epochs=2, forget_per_batch=forget_per_batch)
+    read = set()
+    for step in range(len(batches)):
+        _, indices, _ = batches.batch(step)
+        ahead = batches.ahead(step)
+        assert len(ahead) <= AHEAD * 8
+        read |= set(ahead)
+        assert set(indices) <= read
+        batches.tell(indices, [1.0] * len(indices))
+
+
 def test_a_loss_counts_however_the_row_was_asked():
     batches = made(small_batch(4, 12) * 2, ways=2)
     batches.batch(0)
