@@ -10,7 +10,8 @@ generic one, on a retain row it stays as it was. Only phi learns:
     L_keep = mean over the tokens of general text x of  KL( h(. | x_<t) || h(. | phi, x_<t) )
 
 Log-probabilities and divergences of a row are summed over its answer's tokens. Each mean is over
-the rows of its own side in the batch, so a side without rows counts 0.
+the rows of its own side in the batch, so a side without rows counts 0. Rows that are drawn more
+often than others count less in it (support/batches.py).
 
 L_keep is our addition; gamma 0 is the paper. The other terms see only queries like the rows. L_keep
 sees text of any kind. It is the context distillation of Cartridges (Eyuboglu et al., arXiv

@@ -72,7 +72,8 @@ RUN_OPTIONS = """
 
 # To add a term: compute it in `losses`, and give its weight a field of Objective, and an option of
 # the same name in support/options.py. The log and --resume follow. A term is a sum over the batch's
-# own rows, divided by batch.n_f or batch.n_r, which count those of all processes.
+# own rows, each times its weight in batch.weights, divided by batch.n_f or batch.n_r, which count
+# those of all processes.
 
 
 def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep=None):
@@ -131,7 +132,7 @@ def train_step(
     with the prompt unchanged, if a value is not finite.
     """
     terms = losses(model, prompt, batch, teacher, objective, read, keep)
-    rows = terms.pop("rows").tolist()  # of this process
+    rows = terms.pop("rows")  # of this process
     optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     values = torch.stack([term.detach() for term in terms.values()])
@@ -143,7 +144,7 @@ def train_step(
     if bad:
         raise FloatingPointError(f"{', '.join(bad)} not finite")
     optimizer.step()
-    return report | {"rows": rows}
+    return report | {"rows": rows.tolist()}
 
 
 def make_optimizer(prompt, lr):

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
 BY_LOSS = 0.5  # of the draws; the rest are uniform, so that no row counts more than twice
+RECENT = 0.2  # how much of a side's mean is the last step's
 AHEAD = 16  # batches that are drawn at a time, by the losses known then; an even number
 
 
@@ -17,14 +18,15 @@ class Batches:
     """The batches of a run. They are asked for in their order, and told the rows' losses.
 
     With forget_per_batch "loss" the first epoch takes every row once, as with "share". After it
-    rows with a high loss come more often: of the N rows of a side, row i with the last loss l_i has
+    rows that are not learned yet come more often: of the N rows of a side, row i has
 
-        p_i = 1/2 1/N + 1/2 l_i / (l_1 + ... + l_N)
+        p_i = 1/2 1/N + 1/2 g_i / (g_1 + ... + g_N),    g_i = (1 - exp(-l_i)) / m
 
-    in each draw, and counts 1 / (N p_i) in the mean. So the gradient is the same in expectation,
-    and varies less, as most rows are soon learned and have a gradient of about 0: importance
-    sampling (Katharopoulos and Fleuret, arXiv 1803.00942; they sample by a bound of the gradient's
-    norm).
+    in each draw, and counts 1 / (N p_i) in the mean. l_i is its last loss, so 1 - exp(-l_i) is what
+    its answer lacks of probability 1; for an answer of one token that bounds the gradient's norm,
+    but for a factor. m is the mean of that over the side's rows about then, as old losses are those
+    of another prompt. So the gradient is the same in expectation, and varies less, as most rows are
+    soon learned: importance sampling (Katharopoulos and Fleuret, arXiv 1803.00942).
     """
 
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
@@ -35,7 +37,9 @@ class Batches:
         self.batch_size = batch_size
         self.is_by_loss = forget_per_batch == "loss"
         self.forget_per_batch = "share" if self.is_by_loss else forget_per_batch
-        self.losses = [0.0] * self.rows  # the last of each row, however it was asked
+        self.sides = both_sides(examples[: self.rows])
+        self.hardness = [0.0] * self.rows  # g of each row, however it was asked
+        self.means = [1.0, 1.0]  # m of each side
         self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
         self.per_epoch = len(self.current)
         self.epochs = epochs
@@ -61,8 +65,15 @@ class Batches:
 
     def tell(self, indices, losses):
         """The losses of a step's rows, by which later batches are drawn."""
-        for i, loss in zip(indices, losses):
-            self.losses[i % self.rows] = loss
+        lacking = {i % self.rows: -math.expm1(-loss) for i, loss in zip(indices, losses)}
+        for side in (0, 1):
+            is_forget = side == 0
+            found = {i: x for i, x in lacking.items() if self.examples[i].forget == is_forget}
+            if found:
+                mean = sum(found.values()) / len(found)
+                self.means[side] += RECENT * (mean - self.means[side])
+            for i, x in found.items():
+                self.hardness[i] = x / max(self.means[side], 1e-6)
 
     def draw(self, epoch, n):
         """The epoch's batches from batch n on: all, or as many as are drawn at a time."""
@@ -77,35 +88,36 @@ class Batches:
             )
             return [(indices, [1.0] * len(indices)) for indices in batches]
         rng = random.Random(f"order {self.seed} {epoch} {n}")
-        forget, retain = both_sides(self.examples[: self.rows])
-        counts = shares(len(forget), len(retain), self.batch_size)[n : n + AHEAD]
-        k_forget, k_retain = map(sum, zip(*counts))
-        forget, weights = draw_rows(forget, self.losses, k_forget, rng)
-        retain, more_weights = draw_rows(retain, self.losses, k_retain, rng)
-        weights |= more_weights
-        batches = shared_out(forget, retain, counts, self.examples)
+        counts = shares(*map(len, self.sides), self.batch_size)[n : n + AHEAD]
+        batches = [[] for _ in counts]
+        weights = {}
+        for side, k in zip(self.sides, map(sum, zip(*counts))):
+            drawn, of_side = draw_rows(side, self.hardness, k, rng)
+            weights |= of_side
+            batches.reverse()  # so that no batch has one more of both sides
+            for place, i in enumerate(drawn):  # the same rows go to different batches
+                batches[place % len(batches)].append(i)
         rng.shuffle(batches)
         batches = asked_in_ways(batches, self.rows, self.ways, rng)
         return [(indices, [weights[i % self.rows] for i in indices]) for indices in batches]
 
 
-def draw_rows(rows, losses, k, rng):
-    """k of the rows, in random order, some more than once, and {row: what it counts}.
+def draw_rows(rows, hardness, k, rng):
+    """k of the rows, some more than once and then in a row, and {row: what it counts}.
 
     Systematic sampling: a row comes as often as expected, rounded up or down.
     """
     if not rows:
         return [], {}
     uniform = 1 / len(rows)
-    total = sum(losses[i] for i in rows)
-    shares = [losses[i] / total if total else uniform for i in rows]
-    p = {i: (1 - BY_LOSS) * uniform + BY_LOSS * share for i, share in zip(rows, shares)}
+    total = sum(hardness[i] for i in rows)
+    parts = [hardness[i] / total if total else uniform for i in rows]
+    p = {i: (1 - BY_LOSS) * uniform + BY_LOSS * part for i, part in zip(rows, parts)}
     order = rng.sample(rows, len(rows))
     ends = list(accumulate(p[i] for i in order))
     first = rng.random()
     places = [bisect(ends, (first + j) / k * ends[-1]) for j in range(k)]
     drawn = [order[min(place, len(order) - 1)] for place in places]
-    rng.shuffle(drawn)
     return drawn, {i: uniform / p[i] for i in rows}
 
 

@@ -254,7 +254,7 @@ def forgetting_verdict(before, after, labels):
     elif left > FORGOTTEN * (1.0 if labels else known):
         lines.append(
             f"NOT FORGOTTEN: {100 * left:.0f} % of the true answers still come. What helps: more "
-            "--epochs, more --forget-per-batch, a higher --lr."
+            "--epochs, a higher --lr."
         )
     return lines
 

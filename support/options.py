@@ -70,11 +70,11 @@ def make_parser(description=""):
     add("--lr", type=number(float, 0, above=True), default=1e-2,
         help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
     add("--epochs", type=number(int, 1), default=6,
-        help="passes over the rows (default 6, paper 10)")
+        help="passes over as many rows as there are (default 6, paper 10)")
     add("--forget-per-batch", type=forget_rows, metavar="K", default="loss",
-        help="forget rows in every batch; share: all rows once, as many of both sides in each "
-        "batch; loss (default): the same, and after the first epoch rows that are not learned yet "
-        "come more often and count less; natural (paper): all rows once, as they come")
+        help="forget rows in every batch; share: all rows once an epoch, and each batch has its "
+        "share of both sides; loss (default): the same, but after the first epoch rows not yet "
+        "learned come more often and count less; natural (paper): all rows once, as they come")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of all random choices (default 0)")
     add("--out", type=non_empty, metavar="DIR",

@@ -3,7 +3,8 @@
 The prompt's folder, --out, holds no text of the rows, so that it can be handed on. What may tell of
 them lies in a folder beside it: the state, the log, and text that the model wrote or labelled.
 
-No random states are kept: every draw comes from the seed and the number of its epoch or step.
+No random states are kept: every draw comes from the seed, the number of its epoch or step, and
+the losses in the log.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ GENERAL = "general.jsonl"  # general text that it wrote; a new run with the same
 TEXTS = "texts.jsonl"  # what the model wrote to make retain rows of
 RUN_FILES = (STATE, LOG, WRITTEN, GENERAL, TEXTS)
 PROMPT_FILES = ("spul.json", "adapter_model.safetensors", "adapter_config.json")  # 1st: it is whole
-FORMAT = 5  # of the description of a run
+FORMAT = 5  # of the description of a run, and of how its rows are drawn
 
 
 def run_folder(out):
@@ -106,7 +107,7 @@ def clear_run(args):
 
 
 def save_state(folder, module, optimizer, step, run):
-    """Write what a run needs to go on after `step` steps.
+    """Write what a run needs, beside its log, to go on after `step` steps.
 
     That is what learns in the module, the optimizer's moments, and `run`, which describes the run.
     """
@@ -195,7 +196,7 @@ def read_log(file, steps):
     lines = file.read_text().splitlines()[:steps] if steps else []
     try:
         found = [json.loads(line) for line in lines]
-        is_whole = len(found) == steps and all(
+        is_whole = [line["step"] for line in found] == [*range(1, steps + 1)] and all(
             len(line["rows"]) == line["n_f"] + line["n_r"] for line in found
         )
     except (KeyError, TypeError, ValueError):

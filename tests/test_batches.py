@@ -1,6 +1,7 @@
 """Which rows a step takes: once each, and after the first epoch by their losses."""
 
 import json
+import math
 import random
 from collections import Counter
 
@@ -61,7 +62,7 @@ def test_rows_of_the_same_loss_come_equally_often_and_count_1(losses):
 def test_the_first_epoch_has_all_rows_once_and_later_ones_those_with_a_high_loss():
     examples = small_batch(25, 75)
     hard = {3, 40, 41}
-    steps = run_through(made(examples), lambda i: 9.0 if i in hard else 0.01)
+    steps = run_through(made(examples), lambda i: 9.0 if i in hard else 1e-4)
     first = [indices for epoch, indices, _ in steps if epoch == 1]
     assert first == epoch_batches(examples, 8, 5, 0, "share")
     assert all(weights == [1.0] * 8 for epoch, _, weights in steps if epoch == 1 and weights[7:])
@@ -69,7 +70,7 @@ def test_the_first_epoch_has_all_rows_once_and_later_ones_those_with_a_high_loss
     assert sum(counts[i] for i in hard) / 3 > 10 * sum(counts[i] for i in range(100)) / 100
     weights = {i: w for epoch, rows, ws in steps if epoch > 1 for i, w in zip(rows, ws)}
     assert weights[3] < 0.1 and weights[40] < 0.1
-    assert min(w for i, w in weights.items() if i not in hard) > 1.8
+    assert min(w for i, w in weights.items() if i not in hard) > 1.9
 
 
 def test_batches_drawn_by_loss_have_their_share_of_both_sides():
@@ -106,11 +107,21 @@ def test_what_the_teacher_reads_ahead_are_the_rows_of_the_next_batches(forget_pe
         batches.tell(indices, [1.0] * len(indices))
 
 
-def test_a_loss_counts_however_the_row_was_asked():
+def test_a_row_counts_by_what_it_lacks_beside_its_side_however_it_was_asked():
     batches = made(small_batch(4, 12) * 2, ways=2)
-    batches.batch(0)
-    batches.tell([16 + 3], [7.0])
-    assert batches.losses[3] == 7.0
+    half, quarter = math.log(2), math.log(4 / 3)
+    batches.tell([16 + 3, 2, 16 + 9], [half, quarter, 0.0])  # they lack 1/2, 1/4 and 0
+    mean = 0.8 + 0.2 * 0.375  # of the rows to forget, beginning at 1
+    assert batches.hardness[2:4] == pytest.approx([0.25 / mean, 0.5 / mean])
+    assert batches.means == pytest.approx([mean, 0.8])
+    assert batches.hardness[9] == 0.0
+
+
+def test_a_row_that_is_drawn_often_comes_in_different_batches():
+    examples = small_batch(25, 75)
+    steps = run_through(made(examples, epochs=6), lambda i: 9.0 if i in (3, 40, 41) else 1e-4)
+    copies = [len(indices) - len(set(indices)) for _, indices, _ in steps]
+    assert max(copies) <= 2 and sum(copies) < len(steps)
 
 
 @pytest.mark.parametrize("forget_per_batch", [None, "share", 2])
@@ -195,6 +206,11 @@ def test_the_command_draws_by_the_losses_of_its_log(folder, files, tmp_path):
     epoch = len(shared) // 4
     assert [line["rows"] for line in drawn[:epoch]] == [line["rows"] for line in shared[:epoch]]
     assert drawn[epoch]["rows"] != shared[epoch]["rows"]
+    batches = Batches(small_batch(12, 40), 1, 4, 8, 0, "loss")
+    for step, line in enumerate(drawn):
+        _, indices, _ = batches.batch(step)
+        assert line["n_f"] == sum(i < 12 for i in indices)
+        batches.tell(indices, line["rows"])
 
 
 @pytest.mark.parametrize("change", ["a line less", "no rows", "not JSON"])

@@ -326,9 +326,16 @@ def test_a_measurement_times_both_dtypes():
 
 
 def test_a_killed_run_resumed_ends_with_the_same_bits(folder, files, tmp_path):
-    args = [*train_args(folder, files, tmp_path / "whole"), "--epochs", 24]  # 168 steps
+    """In several ways, and with more steps in an epoch than are drawn at a time."""
+    options = ["--epochs", 7, "--batch-size", 2]  # 182 steps
+    options += ["--template", "sentiment", "--template", "question"]
+    args, broken = (
+        train_args(folder, files, tmp_path / name, *options) for name in ("whole", "broken")
+    )
+    for some in (args, broken):
+        some.remove("--single")
     assert command("train.py", *args).returncode == 0
-    broken = train_args(folder, files, tmp_path / "broken", "--resume", "--epochs", 24)
+    broken += ["--resume"]
     log = tmp_path / "broken.run" / "log.jsonl"
     kills = 0
     for steps in (0, 7, 52, 101, 166):  # before and after states, which come every 50 steps

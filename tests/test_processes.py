@@ -48,6 +48,26 @@ def test_two_processes_give_the_losses_of_one(how, folder, files, tmp_path):
 
 
 @pytest.mark.parametrize("how", [[], ["--shard"]], ids=" ".join)
+def test_two_processes_draw_the_rows_that_one_does_and_know_all_their_losses(
+    how, folder, files, tmp_path
+):
+    """Batches of 3, in several ways: one process has two rows, and at times the other has none."""
+    options = ["--batch-size", 3, "--epochs", 2, "--init", "random", "--lr", 3e-3]
+    options += ["--template", "sentiment", "--template", "question"]
+    args = {name: train_args(folder, files, tmp_path / name, *options) for name in ("one", "two")}
+    for some in args.values():
+        some.remove("--single")
+    assert call(train, *args["one"]) == 0
+    done = torchrun(2, *args["two"], *how)
+    assert done.returncode == 0, done.stderr
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(one) == 2 * 18
+    for a, b in zip(one, two, strict=True):
+        assert a["rows"] == pytest.approx(b["rows"], rel=1e-3, abs=1e-4)
+        assert len(a["rows"]) == a["n_f"] + a["n_r"]
+
+
+@pytest.mark.parametrize("how", [[], ["--shard"]], ids=" ".join)
 def test_of_two_processes_one_writes_general_text_and_both_read_it(
     how, folder, files, tmp_path, monkeypatch
 ):
@@ -66,7 +86,7 @@ def test_of_two_processes_one_writes_general_text_and_both_read_it(
 
 
 def test_a_run_of_one_process_is_resumed_by_two(folder, files, tmp_path):
-    options = ["--batch-size", 4, "--epochs", 60]
+    options = ["--batch-size", 4, "--epochs", 60, "--forget-per-batch", "share"]
     assert call(train, *train_args(folder, files, tmp_path / "whole", *options)) == 0
     args = train_args(folder, files, tmp_path / "p", *options)
     process = start("train.py", *args)
