@@ -40,7 +40,7 @@ def losses_and_gradient(llama, examples, teacher, shared_ids=(), position="align
     objective = Objective(kl_position=position)
     terms = train.losses(llama, lambda: phi, batch, teacher, objective)
     terms["loss"].backward()
-    values = torch.stack([term.detach() for term in terms.values()])
+    values = torch.cat([term.detach().flatten() for term in terms.values()])  # those of rows, too
     return values, phi.grad, *(parameter.grad for parameter in prompt.parameters())
 
 
