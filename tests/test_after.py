@@ -79,10 +79,11 @@ def test_the_teacher_is_the_model_with_the_earlier_prompts(folder, trained, seco
     job = job_of(after(folder, trained, second, tmp_path / "both", "--gamma", 1))
     _, teacher = train.measure_before(job)
     phi = phi_of(trained)
-    retain = [i for i in teacher if not job.examples[i].forget]
+    retain = list(teacher.outputs)
+    assert len(retain) == sum(not e.forget for e in job.examples)
     want = answer_hidden(job.model, [job.examples[i] for i in retain], phi)
     for i, h in zip(retain, want):
-        torch.testing.assert_close(teacher[i], h, atol=1e-4, rtol=0)
+        torch.testing.assert_close(teacher.outputs[i], h, atol=1e-4, rtol=0)
     texts = list(job.general.teacher)[:5]
     for h, text in zip(answer_hidden(job.model, texts, phi), texts):
         torch.testing.assert_close(job.general.teacher[text], h, atol=1e-4, rtol=0)
