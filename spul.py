@@ -90,13 +90,17 @@ class SoftPrompt(nn.Module):
 # -------------------------------------------------------------------------------------- the losses
 
 
-def answer_loss(logits, targets, rows, weights=1.0):
-    """L_f on generic answers, L_r on true ones: cross-entropy of the answers of `rows` rows.
+def token_losses(logits, targets):
+    """The cross-entropy of each token of the answers, (N,): logits (N, V) predict targets (N,)."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
-    logits (N, V) predict the answers' tokens targets (N,). The sum over a row's answer, the mean
-    over rows; 0 without rows. weights (N,): what each token's row counts in the mean.
+
+def answer_loss(losses, rows, weights=1.0):
+    """L_f on generic answers, L_r on true ones, from the `token_losses` (N,) of `rows` rows.
+
+    The sum over a row's answer, the mean over rows; 0 without rows. weights (N,): what each
+    token's row counts in the mean.
     """
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")  # (N,)
     return (losses * weights).sum() / max(rows, 1)
 
 
@@ -168,6 +172,35 @@ def answer_hidden(model, examples, phi=None, shift=0, batch_size=32):
         outputs = [zeros(e.n, h.shape[1]) if o is None else o for e, o in zip(examples, outputs)]
         sum_over_processes(outputs)
     return outputs
+
+
+class Teacher:
+    """The model without the prompt: its `answer_hidden` at the retain rows' answers, kept.
+
+    A row is read when it is first needed.
+    """
+
+    def __init__(self, model, examples, shift=0, batch_size=32, earlier=None):
+        """shift, batch_size: of `answer_hidden`. earlier (q, d): prompts before all rows."""
+        self.model = model
+        self.examples = examples
+        self.settings = {"phi": earlier, "shift": shift, "batch_size": batch_size}
+        self.outputs = {}  # {index: (n, d)}
+
+    def learn(self, indices):
+        """Read the retain rows among the indices that were not read yet."""
+        unread = [i for i in dict.fromkeys(indices) if i not in self.outputs]
+        unread = [i for i in unread if not self.examples[i].forget]
+        if unread:
+            examples = [self.examples[i] for i in unread]
+            hidden = answer_hidden(self.model, examples, **self.settings)
+            self.outputs |= zip(unread, hidden)
+
+    def of(self, indices):
+        """The outputs for the retain rows among the indices, (N_r, d)."""
+        weight = self.model.norm.weight
+        none = torch.zeros(0, len(weight), dtype=self.model.dtype, device=weight.device)
+        return torch.cat([none, *(self.outputs[i] for i in indices if not self.examples[i].forget)])
 
 
 # ------------------------------------------------------------------------------ the prompt on disk

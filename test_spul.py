@@ -23,7 +23,7 @@ import train
 from data import Row, Template, collate, make_example, make_examples, read_rows
 from fast import FastLlama
 from model import Llama
-from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
+from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, token_losses
 from support.batches import Batches, epoch_batches
 from support.options import make_parser
 from support.rows import parse_row
@@ -459,7 +459,8 @@ TARGETS = [2, 1, 0]
 
 def test_the_cross_entropy_is_summed_over_a_rows_answer_and_averaged_over_rows():
     by_hand = (-math.log(5 / 8) - math.log(1 / 5) - math.log(1 / 4)) / 2
-    got = answer_loss(torch.tensor(LOGITS), torch.tensor(TARGETS), 2).item()
+    losses = token_losses(torch.tensor(LOGITS), torch.tensor(TARGETS))
+    got = answer_loss(losses, 2).item()
     assert got == pytest.approx(by_hand, rel=1e-6)
 
 
@@ -484,7 +485,7 @@ def test_the_default_weights_keep_more_than_the_papers():
 
 def test_losses_of_bf16_logits_are_computed_in_float32():
     logits = torch.tensor(LOGITS).bfloat16()
-    assert answer_loss(logits, torch.tensor(TARGETS), 2).dtype == torch.float32
+    assert answer_loss(token_losses(logits, torch.tensor(TARGETS)), 2).dtype == torch.float32
     assert kl_loss(logits, logits.flip(1), 2).dtype == torch.float32
 
 

@@ -24,12 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import collate, common_prefix, read_rows
 from eval import label_set, measure
-from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, save_prompt
+from spul import Objective, SoftPrompt, Teacher, answer_loss, kl_loss, save_prompt, token_losses
 from support.after import check_template, read_earlier
 from support.asking import training_examples
 from support.batches import Batches
@@ -93,9 +92,10 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep
     else:
         h = model.prompted(inputs, phi, batch.shared_ids)  # (B, T, d)
     logits = model.head(h[batch.rows, batch.columns])  # (N, V), row i predicts batch.targets[i]
+    of_tokens = token_losses(logits, batch.targets)  # (N,)
 
-    forget, retain = batch.forget, ~batch.forget  # (N,), whose answer's token it is
-    targets, weights = batch.targets, batch.weights
+    forget, retain = batch.forget, ~batch.forget  # (N,), the side of each token's row
+    weights = batch.weights
     if objective.kl_shift == 0:
         student = logits[retain]  # (N_r, V)
     else:  # one position later: collate kept the last token for it
@@ -104,22 +104,17 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep
     teacher_logits = model.head(teacher).detach()  # (N_r, V)
 
     terms = {
-        "loss_f": answer_loss(logits[forget], targets[forget], batch.n_f, weights[forget]),
-        "loss_r": answer_loss(logits[retain], targets[retain], batch.n_r, weights[retain]),
+        "loss_f": answer_loss(of_tokens[forget], batch.n_f, weights[forget]),
+        "loss_r": answer_loss(of_tokens[retain], batch.n_r, weights[retain]),
         "loss_kl": kl_loss(student, teacher_logits, batch.n_r, weights[retain]),
     }
     if keep:
         student = model.head(h_texts[texts.rows, texts.columns])  # (N, V), of the texts' tokens
         teacher_logits = model.head(keep.teacher).detach()  # (N, V)
         terms["loss_keep"] = kl_loss(student, teacher_logits, keep.tokens)
-    return {"loss": objective.total(**terms), **terms, "rows": row_losses(logits.detach(), batch)}
-
-
-def row_losses(logits, batch):
-    """The loss of each row's answer, (B,), the sum over its tokens. logits: (N, V)."""
-    of_tokens = F.cross_entropy(logits.float(), batch.targets, reduction="none")  # (N,)
-    rows = torch.arange(len(batch.tokens), device=logits.device)  # (B,)
-    return torch.where(batch.rows == rows[:, None], of_tokens, 0.0).sum(1)
+    rows = torch.arange(len(batch.tokens), device=model.device)  # (B,)
+    of_rows = torch.where(batch.rows == rows[:, None], of_tokens.detach(), 0.0).sum(dim=1)  # (B,)
+    return {"loss": objective.total(**terms), **terms, "rows": of_rows}
 
 
 def train_step(
@@ -260,35 +255,6 @@ def own_batch(examples, indices, weights, device, keep_last):
     if is_surplus:  # infinite counts make all losses 0
         n_f = n_r = math.inf
     return dataclasses.replace(batch, n_f=n_f, n_r=n_r), mine
-
-
-class Teacher:
-    """The model without the prompt: its final-norm outputs at the retain rows' answers.
-
-    A row is read when it is first needed, and what comes out is kept, (n, d).
-    """
-
-    def __init__(self, model, examples, shift=0, batch_size=32, earlier=None):
-        """shift, batch_size: of `answer_hidden`. earlier (q, d): prompts before all rows."""
-        self.model = model
-        self.examples = examples
-        self.settings = {"phi": earlier, "shift": shift, "batch_size": batch_size}
-        self.outputs = {}  # {index: (n, d)}
-
-    def learn(self, indices):
-        """Read the retain rows among these that are new."""
-        is_new = dict.fromkeys(i for i in indices if i not in self.outputs)
-        new = [i for i in is_new if not self.examples[i].forget]
-        if new:
-            hidden = answer_hidden(self.model, [self.examples[i] for i in new], **self.settings)
-            self.outputs |= zip(new, hidden)
-
-    def of(self, indices):
-        """The outputs for the retain rows among the indices, (N_r, d)."""
-        weight = self.model.norm.weight
-        none = torch.zeros(0, len(weight), dtype=self.model.dtype, device=weight.device)
-        rows = [i for i in indices if not self.examples[i].forget]
-        return torch.cat([none, *(self.outputs[i] for i in rows)])
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -39,14 +39,14 @@ from data import read_rows
 from extras.finetune import file_weights
 from fast import FastLlama
 from model import Config, Llama
-from spul import Objective, SoftPrompt, answer_loss, kl_loss
+from spul import Objective, SoftPrompt, Teacher, answer_loss, kl_loss, token_losses
 from support.batches import epoch_batches
 from support.templates import read_template
 from support.cli import DEMO, Parser, add_layer_options, add_options, non_empty, number, run
 from support.files import check_json_path, write_json
 from support.hardware import choose_device, choose_dtype, load_model, prepare_layers
 from support.hardware import replace_linear, row_limit
-from train import CLIP, Teacher, make_optimizer, train_step
+from train import CLIP, make_optimizer, train_step
 
 # Shapes of models on the Hugging Face hub, from their config.json.
 SHAPES = {
@@ -295,8 +295,9 @@ def their_step(model, examples, p, teacher, checkpointing):
         logits = output.logits[batch.rows, p + batch.columns]  # (N, V), of (B, p + T, V)
         teacher_logits = base.lm_head(teacher.of(indices))  # (N_r, V)
         retain = ~batch.forget  # (N,)
-        loss_f = answer_loss(logits[batch.forget], batch.targets[batch.forget], batch.n_f)
-        loss_r = answer_loss(logits[retain], batch.targets[retain], batch.n_r)
+        of_tokens = token_losses(logits, batch.targets)  # (N,)
+        loss_f = answer_loss(of_tokens[batch.forget], batch.n_f)
+        loss_r = answer_loss(of_tokens[retain], batch.n_r)
         loss_kl = kl_loss(logits[retain], teacher_logits, batch.n_r)
         loss = Objective().total(loss_f, loss_r, loss_kl)
         optimizer.zero_grad(set_to_none=True)

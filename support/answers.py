@@ -21,7 +21,7 @@ class Asking:
     tokenizer: object
     template: Template
     labels: dict  # {answer: its ids}; {}: any answer is taken
-    room: int  # positions that the model has behind the prompt
+    room: int  # positions that the model has after the prompt
     is_raw: bool = False  # whether texts are whole prompts
 
     def row(self, text, where):

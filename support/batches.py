@@ -32,17 +32,17 @@ class Batches:
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
         self.examples = examples
         self.ways = ways
-        self.rows = len(examples) // ways
-        self.seed = seed
+        self.epochs = epochs
         self.batch_size = batch_size
-        self.is_by_loss = forget_per_batch == "loss"
-        self.forget_per_batch = "share" if self.is_by_loss else forget_per_batch
+        self.seed = seed
+        self.forget_per_batch = forget_per_batch
+        self.rows = len(examples) // ways
         self.sides = both_sides(examples[: self.rows])
+        self.counts = shares(*map(len, self.sides), batch_size)
         self.hardness = [0.0] * self.rows  # g of each row, however it was asked
-        self.means = [1.0, 1.0]  # m of each side
+        self.means = {True: 1.0, False: 1.0}  # m of the rows to forget, and of the others
         self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
         self.per_epoch = len(self.current)
-        self.epochs = epochs
 
     def __len__(self):
         """The steps of the run."""
@@ -60,24 +60,23 @@ class Batches:
     def ahead(self, step):
         """The indices of this batch and those drawn with it, if it is the first of these."""
         n = step % self.per_epoch
-        is_first = n % AHEAD == 0
-        return [i for indices, _ in self.current[n : n + AHEAD] for i in indices if is_first]
+        drawn = [] if n % AHEAD else self.current[n : n + AHEAD]
+        return [i for indices, _ in drawn for i in indices]
 
     def tell(self, indices, losses):
         """The losses of a step's rows, by which later batches are drawn."""
         lacking = {i % self.rows: -math.expm1(-loss) for i, loss in zip(indices, losses)}
-        for side in (0, 1):
-            is_forget = side == 0
-            found = {i: x for i, x in lacking.items() if self.examples[i].forget == is_forget}
-            if found:
-                mean = sum(found.values()) / len(found)
+        for side in self.means:
+            of_side = {i: x for i, x in lacking.items() if self.examples[i].forget == side}
+            if of_side:
+                mean = sum(of_side.values()) / len(of_side)
                 self.means[side] += RECENT * (mean - self.means[side])
-            for i, x in found.items():
+            for i, x in of_side.items():
                 self.hardness[i] = x / max(self.means[side], 1e-6)
 
     def draw(self, epoch, n):
         """The epoch's batches from batch n on: all, or as many as are drawn at a time."""
-        if epoch == 0 or not self.is_by_loss:
+        if epoch == 0 or self.forget_per_batch != "loss":
             batches = epoch_batches(
                 self.examples,
                 self.batch_size,
@@ -88,7 +87,7 @@ class Batches:
             )
             return [(indices, [1.0] * len(indices)) for indices in batches]
         rng = random.Random(f"order {self.seed} {epoch} {n}")
-        counts = shares(*map(len, self.sides), self.batch_size)[n : n + AHEAD]
+        counts = self.counts[n : n + AHEAD]
         batches = [[] for _ in counts]
         weights = {}
         for side, k in zip(self.sides, map(sum, zip(*counts))):
@@ -128,16 +127,17 @@ def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=None, ways
     """One epoch's batches of indices: shuffled, rows of similar length together.
 
     forget_per_batch None: every row once, forget and retain mixed by chance (the released code).
-    "share": every row once, and each batch has its share of both sides. K: every retain row once,
-    and in each batch K forget rows, which come round as often as needed.
+    "share", or "loss" in its first epoch: every row once, and each batch has its share of both
+    sides. K: every retain row once, and in each batch K forget rows, which come round as often as
+    needed.
     ways: examples holds the rows so many times, each time asked otherwise. A batch is of one way,
     every second one of the first.
     """
     rng = random.Random(f"order {seed} {epoch}")
     rows = len(examples) // ways
     forget, retain = both_sides(examples[:rows])
-    k = 0 if forget_per_batch in (None, "share") else forget_per_batch
-    if forget_per_batch == "share":
+    k = forget_per_batch if isinstance(forget_per_batch, int) else 0
+    if forget_per_batch in ("share", "loss"):
         counts = shares(len(forget), len(retain), batch_size)
         forget, retain = rng.sample(forget, len(forget)), rng.sample(retain, len(retain))
         batches = shared_out(forget, retain, counts, examples)
@@ -181,7 +181,7 @@ def shares(n_forget, n_retain, batch_size):
 
 
 def shared_out(forget, retain, counts, examples):
-    """Batches with so many rows of both sides, which are taken in turn, as in `shares`."""
+    """Batches of both sides' rows, so many of each as `shares` says, of similar length together."""
     sides = []
     for side, of_side in zip((forget, retain), zip(*counts)):
         ends = [0, *accumulate(of_side)]

@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
+import spul
 import train
 from data import collate
-from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss
+from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, token_losses
 from support.batches import AHEAD, Batches, draw_rows, epoch_batches
 from tests.helpers import call, logged, small_batch, teacher_of, tiny, train_args
 
@@ -113,7 +114,7 @@ def test_a_row_counts_by_what_it_lacks_beside_its_side_however_it_was_asked():
     batches.tell([16 + 3, 2, 16 + 9], [half, quarter, 0.0])  # they lack 1/2, 1/4 and 0
     mean = 0.8 + 0.2 * 0.375  # of the rows to forget, beginning at 1
     assert batches.hardness[2:4] == pytest.approx([0.25 / mean, 0.5 / mean])
-    assert batches.means == pytest.approx([mean, 0.8])
+    assert batches.means == pytest.approx({True: mean, False: 0.8})
     assert batches.hardness[9] == 0.0
 
 
@@ -141,10 +142,11 @@ LOGITS = [[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]
 
 def test_weights_count_each_token_in_both_means():
     logits, targets = torch.tensor(LOGITS), torch.tensor([2, 1])
-    alone = [answer_loss(logits[i : i + 1], targets[i : i + 1], 1) for i in (0, 1)]
+    losses = token_losses(logits, targets)
+    alone = [answer_loss(losses[i : i + 1], 1) for i in (0, 1)]
     weights = torch.tensor([2.0, 0.5])
     expected = (2 * alone[0] + 0.5 * alone[1]) / 2
-    torch.testing.assert_close(answer_loss(logits, targets, 2, weights), expected)
+    torch.testing.assert_close(answer_loss(losses, 2, weights), expected)
     teacher = logits.flip(1)
     alone = [kl_loss(logits[i : i + 1], teacher[i : i + 1], 1) for i in (0, 1)]
     expected = (2 * alone[0] + 0.5 * alone[1]) / 2
@@ -183,8 +185,8 @@ def test_the_teacher_reads_a_retain_row_once_and_no_other(monkeypatch):
     examples = small_batch(2, 4)
     read = []
     counted = lambda model, rows, **more: read.extend(rows) or answer_hidden(model, rows, **more)
-    monkeypatch.setattr(train, "answer_hidden", counted)
-    teacher = train.Teacher(llama, examples)
+    monkeypatch.setattr(spul, "answer_hidden", counted)
+    teacher = spul.Teacher(llama, examples)
     teacher.learn([0, 2, 3, 3])
     teacher.learn([3, 1, 4])
     assert read == [examples[2], examples[3], examples[4]]
