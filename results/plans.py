@@ -50,7 +50,7 @@ ROWS = {
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}
 QUESTIONS = ("sciq", "requests", "elsewhere_sciq")
 TEMPLATE = dict.fromkeys(ROWS, "sentiment") | dict.fromkeys(QUESTIONS, "question")
-FLOAT32 = ("sst2", "assessment", "elsewhere", "elsewhere_sst2", "elsewhere_sciq")
+FLOAT32 = ("sst2", "assessment")
 DTYPE = dict.fromkeys(ROWS, "bf16") | dict.fromkeys(FLOAT32, "fp32")
 
 # Memorising. The LoRA is small enough to be kept, and has the usual size of steps.
