@@ -98,6 +98,7 @@ TURNS = (
 LONGEST_BEFORE = 60  # words of a row that stands before another
 TRIED = 25  # rows by which we see whether the model understands a way to ask
 UNDERSTOOD = 0.8  # of what it answers when asked in the first way
+ANSWERED = 0.5  # the same where something comes before the row, which users cannot avoid
 
 
 # ------------------------------------------------------------------------------ never trained on
@@ -155,7 +156,8 @@ def training_ways(args, forget, retain, is_understood):
     or in a chat under other system messages, as many as --rewordings, and later in the chat. The
     last, unless --single, is each row after one of the other side, with that one's own answer.
 
-    is_understood(template, rows): whether the model answers rows to retain so; else it is left out.
+    is_understood(template, rows, share): whether the model answers rows to retain so, at least this
+    share of what it answers at first; else the way is left out.
     """
     template = args.template
     ways = [Way([template], forget, retain)]
@@ -166,7 +168,7 @@ def training_ways(args, forget, retain, is_understood):
     elif not all(row.raw for row in forget):
         others = wordings(template, args.rewordings, args.seed)
     asked = tqdm(others, "ways to ask", leave=False, delay=5, disable=ranks()[0] > 0)
-    others = [other for other in asked if other and is_understood(other, retain)]
+    others = [other for other in asked if other and is_understood(other, retain, UNDERSTOOD)]
     times = min(MIXED, len(others))
     for i in range(times):
         first = i * len(others) // times
@@ -181,15 +183,13 @@ def training_ways(args, forget, retain, is_understood):
         if (mixed_forget, mixed_retain) != (forget, retain):
             after_turns.append((mixed_forget, mixed_retain))
     for forget, retain in after_turns:
-        if is_understood(template, retain):
+        if is_understood(template, retain, ANSWERED):
             ways.append(Way([template], forget, retain))
     return ways
 
 
 def understanding(model, tokenizer, template, retain, limit, batch_size):
-    """The function `is_understood` of `training_ways`: whether about as many rows are answered as
-    in the first template.
-    """
+    """The function `is_understood` of `training_ways`."""
 
     @torch.no_grad()
     def right(template, rows):
@@ -202,7 +202,7 @@ def understanding(model, tokenizer, template, retain, limit, batch_size):
     def right_at_first():
         return right(template, retain)
 
-    return lambda other, rows: right(other, rows) >= UNDERSTOOD * right_at_first()
+    return lambda other, rows, share: right(other, rows) >= share * right_at_first()
 
 
 def wordings(template, n, seed):

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 
 from data import TEXT, Template, make_examples, read_rows
 from spul import answer_hidden
-from support.asking import after_another, in_other_chats, reworded, spread
+from support.asking import ANSWERED, after_another, in_other_chats, reworded, spread
 from support.general import own_form, sentence_vectors, text_examples
 from support.processes import say
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
-ANSWERED = 0.5  # of what is right when asked in the first way
 EARLIER = "earlier forget"  # rows that earlier prompts make the model forget
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
 # When a verdict is bad.

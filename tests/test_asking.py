@@ -1,6 +1,7 @@
 """Other ways to ask: wordings, rows after other rows, and which of them are trained on."""
 
 import argparse
+import dataclasses
 import random
 
 import pytest
@@ -115,15 +116,20 @@ def test_a_way_that_the_model_does_not_understand_is_left_out(tokenizer, monkeyp
     """The tiny model answers nothing right, so we say what is right: what it answers in one way."""
     llama = tiny()
     monkeypatch.setattr(asking, "make_examples", lambda rows, *_: (rows, 0))
-    right = small_batch(0, 4)
+    right = [dataclasses.replace(e, n=1) for e in small_batch(0, 4)]
     wrong = small_batch(0, 4, seed=9)
     hidden = asking.answer_hidden(llama, right)
     best = [llama.head(h).argmax(dim=-1).tolist() for h in hidden]
     right = [type(e)((*e.ids[: -e.n], *ids), e.n, "", False) for e, ids in zip(right, best)]
     is_understood = understanding(llama, tokenizer, QUESTION, right, 100, 4)
-    assert is_understood(OWN, right) and not is_understood(OWN, wrong)
+    assert is_understood(OWN, right, 1.0) and not is_understood(OWN, wrong, 0.1)
+    half = right[:2] + wrong[:2]
+    assert is_understood(OWN, half, 0.5) and not is_understood(OWN, half, 0.6)
     rows = rows_of(2, "yes"), rows_of(2, "no")
     assert len(training_ways(options(), *rows, lambda *_: False)) == 1
+    # after another row it is enough that the model answers in half of the cases
+    (_, after) = training_ways(options(), *rows, lambda template, rows, share: share <= 0.5)
+    assert all(row.turns for row in (*after.forget, *after.retain))
 
 
 # ------------------------------------------------------------------------------------------ batches
