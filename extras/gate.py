@@ -37,8 +37,8 @@ from extras.probes import OTHER_SIDE, Setting, Subject, auc, changed_queries
 from spul import answer_hidden
 from support.answers import ask
 from support.asking import after_another, spread, wordings
-from support.cli import Parser, add_options, check_required, non_empty, number, read_splits, run
-from support.cli import use_demo
+from support.cli import DEMO, Parser, add_options, check_required, non_empty, number, read_splits
+from support.cli import run, use_demo
 from support.elsewhere import compare, examples_to_ask, leaves_out, texts_elsewhere
 from support.files import check_json_path, read_json, write_json, write_tensors
 from support.general import MOST, held_out_texts, own_form, rows_of, split, text_examples
@@ -53,7 +53,7 @@ FORMAT = "spul gate 1"
 MOST_ROWS = 2000  # of each side, by which the gate is made
 WORDINGS = 8  # in one of which each row is asked once more
 HELD_OUT = 5  # every so manieth row: by these the layer and the threshold are chosen
-FEWEST = 20  # rows of a side
+FEWEST = 10  # rows of a side
 DECAY = 0.1  # of the regression's weights; 0.01 tells unseen rows apart as well, 0.5 less well
 CHANGED = 100  # rows of a side whose queries are changed
 OFTEN = 0.1  # more than this share missed, or flagged falsely, is said in a sentence
@@ -382,7 +382,8 @@ def parse(argv):
     add("--ask", metavar="TEXT", help="show the answers to one text instead")
     add("--json", type=non_empty, metavar="FILE", help="also write what is measured to this file")
     args = parser.parse_args(argv)
-    use_demo(args)
+    if use_demo(args) and not args.prompt and (DEMO / "prompt" / "spul.json").exists():
+        args.prompt = [str(DEMO / "prompt")]
     check_required(args, "model", "prompt")
     if len(args.prompt) > 1:
         raise ValueError(f"--prompt {args.prompt[1]}: a gate is of one prompt")

@@ -175,7 +175,7 @@ def test_what_is_missing_is_said(folder, prompt, rows, files, capsys):
         (start[:-2], "--retain FILE is missing"),
         ([*start[:6], "--ask", "red"], "no gate yet: give --forget FILE and --retain FILE"),
         ([*start, "--prompt", prompt], "a gate is of one prompt"),
-        ([*start[:6], "--forget", files["forget"], "--retain", files["retain"]], "12 rows; at"),
+        ([*start[:6], "--forget", files["test_forget"], "--retain", files["retain"]], "6 rows; at"),
         ([*start[:6], "--forget", rows["forget"], "--retain", rows["forget"]], "forget.jsonl"),
     ):
         assert call(gate, *args) == 2
