@@ -8,8 +8,9 @@ The first command makes the gate, keeps it in the prompt's folder, and measures 
 gate.safetensors, and gate.json, which is written last. What is there already is measured only. The
 second shows the answers without the prompt and through the gate.
 
-A query that the gate does not flag is answered as if there were no prompt, to the bit. So what it
-flags falsely is all that a prompt can still harm. What it misses is not forgotten.
+A query that the gate does not flag is answered as if there were no prompt. So what it flags falsely
+is all that a prompt can still harm. What it misses is not forgotten. --forget has to hold the rows
+of all requests that the prompt is for.
 
 The gate is a logistic regression on the frozen model's own hidden states: the outputs of one layer,
 normalised as the last one's are, and averaged over the query's tokens. The layer is the one where
@@ -52,7 +53,7 @@ from support.writing import read_written
 FORMAT = "spul gate 1"
 MOST_ROWS = 2000  # of each side, by which the gate is made
 WORDINGS = 8  # in one of which each row is asked once more
-HELD_OUT = 5  # every so manieth row: by these the layer and the threshold are chosen
+HELD_OUT = 5  # every fifth row is held out: by these the layer and the threshold are chosen
 FEWEST = 10  # rows of a side
 DECAY = 0.1  # of the regression's weights; 0.01 tells unseen rows apart as well, 0.5 less well
 CHANGED = 100  # rows of a side whose queries are changed
@@ -175,7 +176,8 @@ def queries_to_tell_apart(args, tokenizer, template, forget, retain, limit):
             continue  # they have no other form
         if others:
             add(rows, others, flag)
-        add(after_another(rows, other_side, rng), [template], True)
+        mixed = after_another(rows, other_side, rng)
+        add([row for row, before in zip(mixed, rows) if row is not before], [template], True)
     return ids, is_flagged, row_of
 
 
@@ -251,7 +253,8 @@ def load(folder, model_folder, phi):
     if not file.is_file():
         return None
     info = read_json(file)
-    is_number = isinstance(info.get("tau"), float) and isinstance(info.get("layer"), int)
+    is_number = isinstance(info.get("tau"), float) and type(info.get("layer")) is int
+    is_number = is_number and info["layer"] >= 1
     if info.get("format") != FORMAT or not is_number:
         raise ValueError(f"{file}: not as extras.gate writes it: --overwrite makes it anew")
     check_fingerprint(info.get("base_sha256"), model_folder, file)
@@ -344,9 +347,17 @@ def has_row_to_forget(name):
 
 def gate_verdicts(after, changes, texts):
     """Where the gate is the weak point, in lines."""
-    forget = {name: 1 - result["flagged"] for name, result in after.items() if "forget" in name}
+    forget = {
+        name: 1 - result["flagged"]
+        for name, result in after.items()
+        if name.split(",")[0].endswith("forget")
+    }
     forget |= {name: 1 - flagged["forget"] for name, flagged in changes.items()}
-    others = {name: result["flagged"] for name, result in after.items() if "retain" in name}
+    others = {
+        name: result["flagged"]
+        for name, result in after.items()
+        if name.split(",")[0].endswith("retain")
+    }
     others |= {name: flagged["retain"] for name, flagged in changes.items()}
     others |= {name: result["flagged"] for name, result in texts.items()}
     others = {name: share for name, share in others.items() if not has_row_to_forget(name)}

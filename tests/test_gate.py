@@ -187,6 +187,7 @@ def test_where_the_gate_is_the_weak_point_is_said():
     after = {"train forget": {"flagged": 0.97}, "train retain": {"flagged": 0.04}}
     changes = {"upper case": {"forget": 0.6, "retain": 0.02}}
     after["train retain, after a forget row"] = {"flagged": 1.0}  # as it is to be
+    after["train forget, after a retain row"] = {"flagged": 1.0}
     changes["a row of the other side behind"] = {"forget": 0.95, "retain": 0.9}
     texts = {"text by people": {"flagged": 0.5}}
     missed, wrong = gate.gate_verdicts(after, changes, texts)
