@@ -4,36 +4,34 @@
         [--test-forget FILE] [--test-retain FILE] [--general FILE] [--json FILE]
     python -m extras.gate --model DIR --prompt DIR --ask "a question"
 
-The first command makes the gate, keeps it in the prompt's folder, and measures it. It is
-gate.safetensors, and gate.json, which is written last. What is there already is measured only. The
-second shows the answers without the prompt and through the gate.
+The first command makes the gate, keeps it in the prompt's folder, and measures it. What is there
+already is measured only. The second shows the answers without the prompt and through the gate.
 
-A query that the gate does not flag is answered as if there were no prompt. So what it flags falsely
-is all that a prompt can still harm. What it misses is not forgotten. --forget has to hold the rows
-of all requests that the prompt is for.
+A query that the gate does not flag is answered as if there were no prompt. So the prompt can harm
+no other queries than those that are flagged falsely. What the gate misses is not forgotten. The
+folder then holds, besides the prompt, what tells its forget rows from others.
 
 The gate is a logistic regression on the frozen model's own hidden states: the outputs of one layer,
-normalised as the last one's are, and averaged over the query's tokens. The layer is the one where
-held-out rows are told apart best. Routing by a classifier is the idea of O3 (arXiv 2407.10223) and
-CURaTE (arXiv 2604.14644), which train a model of their own for it; the regression is that of ECO
-(extras/guards.py).
+normalised as the last one's are, and averaged over the query's tokens. Routing by a classifier is
+the idea of O3 (arXiv 2407.10223) and CURaTE (arXiv 2604.14644), which train a model of their own
+for it; the regression is that of ECO (extras/guards.py).
 
 Letters: n queries, d width, L layers.
 """
 
-import copy
+import argparse
 import hashlib
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
-from data import prompt_ids, read_rows
+from data import Row, make_examples, read_rows
 from eval import asking_of, generator, label_set, load_prompts, measure, template_of
-from extras.guards import fit_classifier, threshold
+from extras.guards import fit_classifier, layer_averages
 from extras.probes import OTHER_SIDE, Setting, Subject, auc, changed_queries
 from spul import answer_hidden
 from support.answers import ask
@@ -43,63 +41,31 @@ from support.cli import run, use_demo
 from support.elsewhere import compare, examples_to_ask, leaves_out, texts_elsewhere
 from support.files import check_json_path, read_json, write_json, write_tensors
 from support.general import MOST, held_out_texts, own_form, rows_of, split, text_examples
+from support.general import without_copies
 from support.hardware import load_model, read_config, row_limit
 from support.identity import check_fingerprint, fingerprint
 from support.rows import check_disjoint, check_rows
-from support.state import GENERAL, run_folder
+from support.state import GATE_FILES, GENERAL, run_folder
 from support.tables import METRICS, report
 from support.writing import read_written
 
 FORMAT = "spul gate 1"
 MOST_ROWS = 2000  # of each side, by which the gate is made
 WORDINGS = 8  # in one of which each row is asked once more
-HELD_OUT = 5  # every fifth row is held out: by these the layer and the threshold are chosen
+HELD_OUT = 5  # every fifth row is held out of the fit: by these layer and threshold are chosen
 FEWEST = 10  # rows of a side
 DECAY = 0.1  # of the regression's weights; 0.01 tells unseen rows apart as well, 0.5 less well
-CHANGED = 100  # rows of a side whose queries are changed
+CHANGED = 100  # rows of a side, held out of the fit, whose queries are changed
 OFTEN = 0.1  # more than this share missed, or flagged falsely, is said in a sentence
 GATE_METRICS = [*METRICS, "flagged"]  # flagged: share of queries that get the prompt
+NO_GATE = "no gate yet: the command makes it with --forget FILE --retain FILE, and without --ask"
 
 
 # ---------------------------------------------------------------------------------------- the gate
 
 
-@torch.no_grad()
-def averages(model, prompts, layers, batch_size=32):
-    """Each layer's normalised outputs, averaged over a prompt's tokens -> (len(layers), n, d).
-
-    prompts: n lists of ids. layers: numbers from 1 to L. They are float32, on the CPU.
-    """
-    cut = copy.copy(model)  # the model up to the last of these layers
-    cut._modules = {**model._modules, "layers": model.layers[: max(layers)]}
-    outputs = []  # of all layers, for one batch
-    means = torch.empty(len(layers), len(prompts), model.config.hidden_size)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    starts = range(0, len(order), batch_size)
-    hooks = [
-        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
-        for layer in cut.layers
-    ]
-    try:
-        for start in tqdm(starts, "reading queries", unit="batch", leave=False, delay=5):
-            indices = order[start : start + batch_size]
-            tokens, lengths = model.pad([prompts[i] for i in indices])  # (B, T), (B,)
-            outputs.clear()
-            cut.hidden(tokens)
-            places = torch.arange(tokens.shape[1], device=tokens.device)
-            is_token = (places < lengths[:, None])[..., None]  # (B, T, 1), False at padding
-            for i, layer in enumerate(layers):
-                h = model.norm(outputs[layer - 1]).float()  # (B, T, d)
-                mean = (h * is_token).sum(dim=1) / lengths[:, None]  # (B, d)
-                means[i, indices] = mean.cpu()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return means
-
-
 class Gate:
-    """Flags a query where sigmoid(x w + b) is above tau, for the query's average x (d,) at a layer.
+    """Flags a query where x w + b is at least 0, for the query's average x (d,) at one layer.
 
     info: what gate.json holds. tensors: w (d,) and b (1,).
     """
@@ -111,39 +77,39 @@ class Gate:
 
     def flags(self, model, prompts, batch_size=32):
         """Of each of the prompts, lists of ids, whether it is to get the prompt's vectors."""
-        if not prompts:
-            return []
-        x = averages(model, prompts, [self.info["layer"]], batch_size)[0]  # (n, d)
-        return (torch.sigmoid(x @ self.w + self.b) > self.info["tau"]).tolist()
+        x = layer_averages(model, prompts, [self.info["layer"]], batch_size)[0]  # (n, d)
+        return (x @ self.w + self.b >= 0).tolist()
 
 
-def gated(flags, items, with_prompt, without):
-    """with_prompt(the items that are flagged) and without(the others), lists -> in their order."""
-    results = [None] * len(items)
-    for answer, side in ((with_prompt, True), (without, False)):
-        indices = [i for i, flag in enumerate(flags) if flag == side]
-        if indices:
-            for i, result in zip(indices, answer([items[i] for i in indices])):
-                results[i] = result
-    return results
+def gated_hidden(model, examples, flags, phi, without, batch_size=32):
+    """`spul.answer_hidden` with the prompt phi (p, d) before the flagged examples alone.
+
+    without: that of all examples without a prompt, from which the others' are taken.
+    """
+    hidden = list(without)
+    flagged = [i for i, flag in enumerate(flags) if flag]
+    if flagged:
+        with_prompt = answer_hidden(
+            model, [examples[i] for i in flagged], phi, batch_size=batch_size
+        )
+        for i, h in zip(flagged, with_prompt):
+            hidden[i] = h
+    return hidden
 
 
-def gated_hidden(model, examples, flags, phi, batch_size=32):
-    """As `spul.answer_hidden`, with the prompt phi (p, d) before the flagged examples alone."""
-
-    def hidden(prompt):
-        return lambda some: answer_hidden(model, some, prompt, batch_size=batch_size)
-
-    return gated(flags, examples, hidden(phi), hidden(None))
-
-
-def gated_generator(model, gate, phi):
+def gated_generator(model, gate, phi, batch_size=32):
     """As `eval.generator`, with the prompt before the queries that the gate flags."""
-    prompted, plain = generator(model, phi), generator(model)
+    generators = {True: generator(model, phi), False: generator(model)}
 
     def generate(prompts, n):
-        flags = gate.flags(model, prompts)
-        return gated(flags, prompts, lambda some: prompted(some, n), lambda some: plain(some, n))
+        flags = gate.flags(model, prompts, batch_size)
+        answers = [None] * len(prompts)
+        for side, own in generators.items():
+            indices = [i for i, flag in enumerate(flags) if flag == side]
+            if indices:
+                for i, answer in zip(indices, own([prompts[i] for i in indices], n)):
+                    answers[i] = answer
+        return answers
 
     return generate
 
@@ -151,85 +117,113 @@ def gated_generator(model, gate, phi):
 # ------------------------------------------------------------------------------------- making it
 
 
-def queries_to_tell_apart(args, tokenizer, template, forget, retain, limit):
-    """The queries that a gate learns from: ids of each, whether it is to be flagged, and its row.
+@dataclass
+class Asker:
+    """What rows become queries with."""
 
-    Each row is asked in the prompt's template, in another wording, and after a row of the other
-    side with its answer. Then both are to be flagged, as there is a row to forget in the query:
-    the prompt knows which of the two is asked.
+    args: argparse.Namespace
+    tokenizer: object
+    template: object  # the prompt's
+    generic: list
+    limit: int  # tokens of a row
+
+    def ids(self, rows, template=None):
+        """The ids of each row's query; what is too long is cut, as in training."""
+        template = template or self.template
+        examples, _ = make_examples(rows, self.tokenizer, template, self.limit)
+        return [e.prompt for e in examples]
+
+    def in_other_wordings(self, rows):
+        """The ids of each row in one of several wordings; none in a chat, and of whole prompts."""
+        if self.template.chat or any(row.raw for row in rows):
+            return []
+        others = wordings(self.template, WORDINGS, self.args.seed)
+        return [ids for i, other in enumerate(others) for ids in self.ids(rows[i::WORDINGS], other)]
+
+    def after(self, rows, others, generic=None):
+        """The ids of each row after one of the others and its answer, where it can stand there."""
+        rng = random.Random(f"gate {self.args.seed}")
+        mixed = after_another(rows, others, rng, generic)
+        return self.ids([row for row, alone in zip(mixed, rows) if row is not alone])
+
+    def queries(self, forget, retain, texts):
+        """Three lists of queries, ids of each: to forget, mixed, and all others.
+
+        Mixed are rows to retain after rows to forget, as many as these at most. They are to be
+        flagged, too, because a row to forget is in the query. General text is asked in the
+        prompt's template, and stands alone in the model's own form.
+        """
+        form = own_form(self.args.model, self.tokenizer)
+        alone = text_examples(texts, self.tokenizer, form, self.limit)
+        texts = [Row(row.text, self.generic[0], row.where) for row in texts]  # not their answer
+        return [
+            self.ids(forget) + self.in_other_wordings(forget) + self.after(forget, retain),
+            self.after(spread(retain, len(forget)), forget, self.generic),
+            self.ids(retain)
+            + self.in_other_wordings(retain)
+            + self.ids(texts)
+            + [list(e.ids) for e in alone],
+        ]
+
+
+def parts(rows, seed):
+    """At most MOST_ROWS of the rows, drawn by the seed -> those to fit to, and those held out."""
+    drawn = random.Random(f"gate rows {seed}").sample(rows, min(len(rows), MOST_ROWS))
+    n = -(-len(drawn) // HELD_OUT)
+    return drawn[n:], drawn[:n]
+
+
+def general_texts(args, tokenizer, forget):
+    """Rows of general text that the prompt was trained on, or of --general: none is to be flagged.
+
+    What the prompt's training held out is not among them, nor what repeats rows to forget.
     """
-    rng = random.Random(f"gate {args.seed}")
-    others = wordings(template, WORDINGS, args.seed) if not template.chat else []
-    ids, is_flagged, row_of = [], [], []
-
-    def add(rows, templates, flag):
-        for i, row in enumerate(rows):
-            prompt = prompt_ids(row, tokenizer, templates[i % len(templates)])
-            if len(prompt) <= limit:
-                ids.append(prompt)
-                is_flagged.append(flag)
-                row_of.append(i)
-
-    for rows, other_side, flag in ((forget, retain, True), (retain, forget, False)):
-        add(rows, [template], flag)
-        if any(row.raw for row in rows):
-            continue  # they have no other form
-        if others:
-            add(rows, others, flag)
-        mixed = after_another(rows, other_side, rng)
-        add([row for row, before in zip(mixed, rows) if row is not before], [template], True)
-    return ids, is_flagged, row_of
-
-
-def general_queries(args, tokenizer, limit):
-    """Ids of general text that L_keep was trained on: of --general, or written for the prompt."""
-    form = own_form(args.model, tokenizer)
     if args.general:
         rows = read_rows(args.general, unlabelled=True)[:MOST]
     else:
         file = run_folder(args.prompt[0]) / GENERAL
         rows = rows_of(read_written(file), file)
-    return [e.ids for e in text_examples(split(rows, tokenizer, form)[1], tokenizer, form, limit)]
+    if not rows:
+        print("gate     no general text beside the prompt: give --general FILE, to flag less of it")
+    return without_copies(split(rows, tokenizer, own_form(args.model, tokenizer))[1], forget)
 
 
-def make_gate(args, model, tokenizer, template, forget, retain, limit):
-    """A gate from the rows -> what `save` takes.
+def make_gate(args, model, asker, forget, retain, texts):
+    """A gate from the rows, and general text -> what `save` takes.
 
-    The threshold misses at most the share --miss of the held-out queries to forget.
+    The layer tells held-out queries apart best. The threshold misses at most the share --miss of
+    the held-out queries that ask rows to forget. "mixed" queries count in the fit alone.
     """
-    forget, retain = spread(forget, MOST_ROWS), spread(retain, MOST_ROWS)
-    found = queries_to_tell_apart(args, tokenizer, template, forget, retain, limit)
-    ids, is_flagged, row_of = found
-    general = general_queries(args, tokenizer, limit)
-    ids += general
-    is_flagged += [False] * len(general)
-    row_of += range(len(general))
-    y = torch.tensor(is_flagged).float()  # (n,)
-    is_held_out = torch.tensor(row_of) % HELD_OUT == 0  # (n,)
+    sides = [parts(rows, args.seed) for rows in (forget, retain, texts)]
+    groups = []  # of queries: to forget, mixed, others; of the fit, then held out
+    for of_part in zip(*sides):
+        groups += asker.queries(*of_part)
+    sizes = [len(group) for group in groups]
     layers = range(1, len(model.layers) + 1)
-    x = averages(model, ids, layers, args.batch_size)  # (L, n, d)
-    fits = [fit(x[layer - 1], y, is_held_out, layer) for layer in layers]
-    found, layer, w, b = max(fits, key=lambda of_layer: of_layer[0])
-    p = torch.sigmoid(x[layer - 1][is_held_out] @ w + b)
-    truth = y[is_held_out]
-    tau = threshold(p, truth, args.miss, False)
-    missed = (p[truth > 0] <= tau).float().mean().item()
-    wrong = (p[truth == 0] > tau).float().mean().item()
+    all_x = layer_averages(model, sum(groups, []), layers, args.batch_size)  # (L, n, d)
+    best = None
+    for layer, x in zip(layers, all_x):
+        of_fit, held_out = x.split([sum(sizes[:3]), sum(sizes[3:])])  # (n, d) each
+        y = (torch.arange(len(of_fit)) < sizes[0] + sizes[1]).float()
+        w, _ = fit_classifier(of_fit, y, DECAY)
+        of_forget, _, of_others = (held_out @ w).split(sizes[3:])
+        found = auc(of_forget.tolist(), of_others.tolist())
+        if best is None or found > best[0]:
+            best = found, layer, w, of_forget, of_others
+    found, layer, w, of_forget, of_others = best
+    least = of_forget.sort().values[int(args.miss * len(of_forget))]  # that is flagged
+    bound = least - 1e-4  # scores differ so much by rounding
     print(
-        f"gate     layer {layer} of {len(layers)} tells {len(ids)} queries apart best (AUC "
-        f"{found:.3f}, on a fifth that is held out): {100 * missed:.1f} % of those with a row to "
-        f"forget missed, {100 * wrong:.1f} % of the others flagged"
+        f"gate     layer {layer} of {len(layers)}, of {sum(sizes)} queries; of a fifth, by which "
+        f"it was chosen (AUC {found:.3f}), {percent(of_forget < bound)} % of those to forget are "
+        f"missed, {percent(of_others >= bound)} % of the others flagged"
     )
-    info = {"layer": layer, "tau": tau, "miss": args.miss, "seed": args.seed, "auc": found}
-    return info, {"w": w, "b": b}
+    info = {"layer": layer, "miss": args.miss, "seed": args.seed, "auc": found}
+    return info, {"w": w, "b": -bound[None]}
 
 
-def fit(x, y, is_held_out, layer):
-    """The regression on a layer's averages x (n, d), y (n,) -> AUC if held out, layer, w, b."""
-    w, b = fit_classifier(x[~is_held_out], y[~is_held_out], DECAY)
-    scores = x[is_held_out] @ w + b
-    truth = y[is_held_out] > 0
-    return auc(scores[truth].tolist(), scores[~truth].tolist()), layer, w, b
+def percent(is_so):
+    return f"{100 * is_so.float().mean():.1f}"
 
 
 # ----------------------------------------------------------------------------------- on the disk
@@ -240,91 +234,101 @@ def digest(phi):
 
 
 def save(folder, info, tensors):
-    write_tensors(Path(folder) / "gate.safetensors", tensors)
-    write_json(Path(folder) / "gate.json", {"format": FORMAT, **info})
+    """gate.json is written last: its presence marks the gate complete."""
+    description, weights = (Path(folder) / name for name in GATE_FILES)
+    description.unlink(missing_ok=True)
+    write_tensors(weights, tensors)
+    write_json(description, {"format": FORMAT, **info})
 
 
-def load(folder, model_folder, phi):
-    """The Gate in a prompt's folder, or None if it has none.
+def load(folder, model_folder, phi, layers):
+    """The Gate in a prompt's folder, or None if it has none. layers: those of the model.
 
     Raises ValueError if it is not whole, or is not for this model and the prompt phi (p, d).
     """
-    file = Path(folder) / "gate.json"
-    if not file.is_file():
+    description, weights = (Path(folder) / name for name in GATE_FILES)
+    if not description.is_file():
         return None
-    info = read_json(file)
-    is_number = isinstance(info.get("tau"), float) and type(info.get("layer")) is int
-    is_number = is_number and info["layer"] >= 1
-    if info.get("format") != FORMAT or not is_number:
-        raise ValueError(f"{file}: not as extras.gate writes it: --overwrite makes it anew")
-    check_fingerprint(info.get("base_sha256"), model_folder, file)
+    info = read_json(description)
+    layer = info.get("layer")
+    if info.get("format") != FORMAT or type(layer) is not int or not 1 <= layer <= layers:
+        raise ValueError(f"{description}: not as extras.gate writes it: --overwrite makes it anew")
+    check_fingerprint(info.get("base_sha256"), model_folder, description)
     if info.get("prompt_sha256") != digest(phi):
-        raise ValueError(f"{file}: it is of another prompt: --overwrite makes it anew")
+        raise ValueError(f"{description}: it is of another prompt: --overwrite makes it anew")
     try:
-        tensors = load_file(Path(folder) / "gate.safetensors")
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        tensors = load_file(weights)
     except (safetensors.SafetensorError, OSError) as e:
-        raise ValueError(f"{Path(folder) / 'gate.safetensors'}: not a complete file: {e}") from None
-    if shapes != {"w": (phi.shape[1],), "b": (1,)}:
-        raise ValueError(f"{Path(folder) / 'gate.safetensors'}: not the tensors of a gate")
+        raise ValueError(f"{weights}: not a complete file: {e}") from None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    is_finite = all(tensor.isfinite().all() for tensor in tensors.values())
+    if shapes != {"w": (phi.shape[1],), "b": (1,)} or not is_finite:
+        raise ValueError(f"{weights}: not the tensors of a gate: --overwrite makes it anew")
     return Gate(info, tensors)
 
 
 # --------------------------------------------------------------------------------------- measuring
 
 
-def measure_splits(args, model, tokenizer, gate, phi, info, splits, template):
+def measure_splits(args, model, gate, phi, asker, splits):
     """{split: what is measured} without the prompt, and through the gate."""
-    generic = info["generic"]
-    limit = row_limit(args, len(phi))
+    tokenizer, generic = asker.tokenizer, asker.generic
     all_rows = [row for rows in splits.values() for row in rows]
-    labels = label_set(all_rows, tokenizer, generic, template)
+    labels = label_set(all_rows, tokenizer, generic, asker.template)
+    generate = gated_generator(model, gate, phi, args.batch_size)
     before, after = {}, {}
-    for name, examples, _ in examples_to_ask(splits, template, generic, tokenizer, limit):
-        common = (model, tokenizer, examples, labels, generic)
-        before[name] = measure(*common, batch_size=args.batch_size)
+    asked = splits, asker.template, generic, tokenizer, asker.limit
+    for name, examples, _ in examples_to_ask(*asked):
+        common = {"labels": labels, "generic": generic, "batch_size": args.batch_size}
+        without = answer_hidden(model, examples, batch_size=args.batch_size)
+        before[name] = measure(model, tokenizer, examples, hidden=without, **common)
         if leaves_out(name, before):
             del before[name]
             continue
         flags = gate.flags(model, [e.prompt for e in examples], args.batch_size)
-        hidden = gated_hidden(model, examples, flags, phi, args.batch_size)
-        generate = gated_generator(model, gate, phi)
+        hidden = gated_hidden(model, examples, flags, phi, without, args.batch_size)
         after[name] = measure(
-            *common, hidden=hidden, batch_size=args.batch_size, generate=generate
+            model, tokenizer, examples, hidden=hidden, generate=generate, **common
         )
-        after[name]["flagged"] = sum(flags) / len(flags)
+        after[name]["flagged"] = share(flags)
     return before, after
 
 
-def measure_changes(args, model, tokenizer, gate, phi, splits, template):
-    """{change of the query: {"forget": share flagged, "retain": share flagged}}, of train rows."""
-    sides = ("forget", "retain")
-    rows = {f"train {side}": spread(splits[f"train {side}"], CHANGED) for side in sides}
-    args = copy.copy(args)
-    args.template = template
-    setting = Setting(args, tokenizer, rows, [], None, row_limit(args, len(phi)))
+def measure_changes(args, model, gate, asker, splits):
+    """{change of the query: {"forget": share flagged, "retain": share flagged}}.
+
+    Of train rows that the gate was not fitted to.
+    """
+    rows = {}
+    for side in ("forget", "retain"):
+        _, held_out = parts(splits[f"train {side}"], gate.info["seed"])
+        rows[f"train {side}"] = spread(held_out, CHANGED)
+    options = argparse.Namespace(**{**vars(args), "template": asker.template})
+    setting = Setting(options, asker.tokenizer, rows, [], None, asker.limit)
     subject = Subject("before", model, None, {}, Path(args.model), args.batch_size)
     changes = {}
-    for side in sides:
+    for side in ("forget", "retain"):
         for name, examples in changed_queries(subject, setting, side).items():
             flags = gate.flags(model, [e.prompt for e in examples], args.batch_size)
-            changes.setdefault(name, {})[side] = sum(flags) / len(flags)
+            changes.setdefault(name, {})[side] = share(flags)
     return changes
 
 
 @torch.no_grad()
-def measure_texts(args, model, tokenizer, gate, phi):
-    """{what: as `support.elsewhere.compare`, and the share flagged} of texts never trained on."""
-    limit = row_limit(args, len(phi))
-    held_out = held_out_texts(args, tokenizer, args.prompt, limit)
+def measure_texts(args, model, gate, phi, texts):
+    """`support.elsewhere.compare` of texts, {what: Examples}, and the share of them flagged."""
     results = {}
-    for what, examples in texts_elsewhere(args.model, tokenizer, limit, held_out).items():
+    for what, examples in texts.items():
         flags = gate.flags(model, [e.ids for e in examples], args.batch_size)
         before = answer_hidden(model, examples, batch_size=args.batch_size)
-        after = gated_hidden(model, examples, flags, phi, args.batch_size)
+        after = gated_hidden(model, examples, flags, phi, before, args.batch_size)
         results[what] = compare(examples, model, before, model, after)
-        results[what] |= {"texts": len(flags), "flagged": sum(flags) / len(flags)}
+        results[what] |= {"texts": len(flags), "flagged": share(flags)}
     return results
+
+
+def share(flags):
+    return sum(flags) / len(flags)
 
 
 def changes_table(changes, texts):
@@ -347,32 +351,27 @@ def has_row_to_forget(name):
 
 def gate_verdicts(after, changes, texts):
     """Where the gate is the weak point, in lines."""
-    forget = {
-        name: 1 - result["flagged"]
-        for name, result in after.items()
-        if name.split(",")[0].endswith("forget")
-    }
-    forget |= {name: 1 - flagged["forget"] for name, flagged in changes.items()}
-    others = {
-        name: result["flagged"]
-        for name, result in after.items()
-        if name.split(",")[0].endswith("retain")
-    }
-    others |= {name: flagged["retain"] for name, flagged in changes.items()}
-    others |= {name: result["flagged"] for name, result in texts.items()}
-    others = {name: share for name, share in others.items() if not has_row_to_forget(name)}
+    missed, wrong = {}, {}
+    for name, result in after.items():
+        if name.split(",")[0].endswith("forget"):
+            missed[name] = 1 - result["flagged"]
+        elif not has_row_to_forget(name):
+            wrong[name] = result["flagged"]
+    for name, flagged in changes.items():
+        missed[name] = 1 - flagged["forget"]
+        if not has_row_to_forget(name):
+            wrong[name] = flagged["retain"]
+    wrong |= {name: result["flagged"] for name, result in texts.items()}
     lines = []
     for shares, what, end in (
-        (forget, "MISSES rows to forget", "they are answered as if there were no prompt"),
-        (others, "FLAGS what is not to be forgotten", "it gets the prompt, as without a gate"),
+        (missed, "MISSES rows to forget", "they are answered as if there were no prompt"),
+        (wrong, "FLAGS what is not to be forgotten", "it gets the prompt, as without a gate"),
     ):
         bad = {name: share for name, share in shares.items() if share > OFTEN}
         if bad:
             found = "; ".join(f"{name}: {100 * share:.0f} %" for name, share in bad.items())
             lines.append(f"THE GATE {what} ({found}): {end}.")
-    return lines or [
-        f"The gate errs in at most {100 * OFTEN:.0f} % of the queries, however they are changed."
-    ]
+    return lines or [f"The gate errs in at most {100 * OFTEN:.0f} % of each line's queries."]
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -398,12 +397,16 @@ def parse(argv):
     check_required(args, "model", "prompt")
     if len(args.prompt) > 1:
         raise ValueError(f"--prompt {args.prompt[1]}: a gate is of one prompt")
+    if args.ask is not None and (args.overwrite or args.general or args.json):
+        raise ValueError(
+            "--ask shows the answers to one text: leave out --overwrite, --general and --json"
+        )
     check_json_path(args.json)
     return args
 
 
-def read_sides(args):
-    """The rows of each split. Raises ValueError where one side has too few to make a gate."""
+def read_sides(args, is_new):
+    """The rows of each split. is_new: the gate is to be made, so there have to be enough."""
     check_required(args, "forget")
     splits = read_splits(args)
     if "train retain" not in splits:
@@ -411,7 +414,7 @@ def read_sides(args):
     check_rows(splits)
     check_disjoint(splits["train forget"], splits["train retain"])
     for name in ("train forget", "train retain"):
-        if len(splits[name]) < FEWEST:
+        if is_new and len(splits[name]) < FEWEST:
             file = splits[name][0].where.rpartition(":")[0]
             raise ValueError(f"{file}: {len(splits[name])} rows; at least {FEWEST} are needed")
     return splits
@@ -420,31 +423,38 @@ def read_sides(args):
 def main(argv=None):
     args = parse(argv)
     folder = args.prompt[0]
-    phi, info = load_prompts(args.prompt, read_config(args.model), args.model)
-    gate = None if args.overwrite else load(folder, args.model, phi)
+    config = read_config(args.model)
+    phi, info = load_prompts(args.prompt, config, args.model)
+    gate = None
+    if not args.overwrite:
+        gate = load(folder, args.model, phi, config.num_hidden_layers)
     if args.ask is not None and gate is None:
-        raise ValueError(f"{folder}: no gate yet: give --forget FILE and --retain FILE to make it")
-    splits = {} if args.ask is not None else read_sides(args)
+        raise ValueError(f"{folder}: {NO_GATE}")
+    splits = {} if args.ask is not None else read_sides(args, is_new=gate is None)
     template = template_of(args, info, [row for rows in splits.values() for row in rows])
     model, tokenizer = load_model(args)
-    digest_of_prompt = digest(phi)
+    sha256 = digest(phi)
     phi = phi.to(model.device)
-    if gate is None:
-        limit = row_limit(args, len(phi))
-        found, tensors = make_gate(
-            args, model, tokenizer, template, splits["train forget"], splits["train retain"], limit
-        )
-        found |= {"base_sha256": fingerprint(args.model), "prompt_sha256": digest_of_prompt}
-        save(folder, found, tensors)
-        gate = Gate(found, tensors)
     if args.ask is not None:
         asking = asking_of(args, model, tokenizer, info, p=len(phi))
-        generators = {"without": generator(model), "with": gated_generator(model, gate, phi)}
-        ask(args, asking, generators)
+        ask(args, asking, {"without": generator(model), "with": gated_generator(model, gate, phi)})
         return
-    before, after = measure_splits(args, model, tokenizer, gate, phi, info, splits, template)
-    changes = measure_changes(args, model, tokenizer, gate, phi, splits, template)
-    texts = measure_texts(args, model, tokenizer, gate, phi)
+    if (info.get("options") or {}).get("after"):
+        print("gate     the prompt is of several requests: --forget has to hold the rows of all")
+    limit = row_limit(args, len(phi))
+    asker = Asker(args, tokenizer, template, info["generic"] or ["unknown"], limit)
+    held_out = held_out_texts(args, tokenizer, args.prompt, limit)
+    texts = texts_elsewhere(args.model, tokenizer, limit, held_out)
+    if gate is None:
+        general = general_texts(args, tokenizer, splits["train forget"])
+        sides = splits["train forget"], splits["train retain"]
+        found, tensors = make_gate(args, model, asker, *sides, general)
+        found |= {"base_sha256": fingerprint(args.model), "prompt_sha256": sha256}
+        save(folder, found, tensors)
+        gate = Gate(found, tensors)
+    before, after = measure_splits(args, model, gate, phi, asker, splits)
+    changes = measure_changes(args, model, gate, asker, splits)
+    texts = measure_texts(args, model, gate, phi, texts)
     more = {"gate": gate.info, "changes": changes, "texts": texts}
     report(args, model, info, before, after, GATE_METRICS, **more)
     print(changes_table(changes, texts))

@@ -18,6 +18,7 @@ the k rows that are nearest to the query by the same averages.
 Letters: B rows, T tokens, d width, n rows that a guard is made from.
 """
 
+import copy
 import math
 import random
 import time
@@ -29,6 +30,7 @@ import safetensors
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from data import Example, Row, answer_ids, by_length, collate, make_examples
 from eval import asking_of, generator, label_set, measure, score, template_of
@@ -97,19 +99,47 @@ def corrupt(e, kind, dims, strength, seed):
 
 
 @torch.no_grad()
+def layer_averages(model, prompts, layers, batch_size=32):
+    """Each layer's outputs, normalised as the last one's are, averaged over a prompt's tokens.
+
+    prompts: n lists of ids. layers: numbers from 1 up. Returns (len(layers), n, d), float32, on the
+    CPU. Layers after these do not run.
+    """
+    cut = copy.copy(model)
+    cut._modules = {**model._modules, "layers": model.layers[: max(layers)]}
+    means = torch.empty(len(layers), len(prompts), model.config.hidden_size)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # as data.by_length
+
+    def keep(place, indices, is_token, lengths):
+        def hook(module, inputs, output):
+            h = model.norm(output[0]).float()  # (B, T, d)
+            means[place, indices] = ((h * is_token).sum(dim=1) / lengths).cpu()  # (B, d)
+
+        return model.layers[layers[place] - 1].register_forward_hook(hook)
+
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, "reading queries", unit="batch", leave=False, delay=5):
+        indices = order[start : start + batch_size]
+        tokens, lengths = model.pad([prompts[i] for i in indices])  # (B, T), (B,)
+        lengths = lengths[:, None]  # (B, 1)
+        places = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        is_token = (places < lengths)[..., None]  # (B, T, 1), False at padding
+        hooks = [keep(i, indices, is_token, lengths) for i in range(len(layers))]
+        try:
+            cut.hidden(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return means
+
+
 def averages(model, examples, batch_size=32):
     """The final-norm outputs of each example's prompt, averaged over its tokens -> (n, d) float32.
 
     They are on the CPU.
     """
-    means = torch.empty(len(examples), model.config.hidden_size)
-    for indices in by_length(examples, batch_size):
-        tokens, lengths = model.pad([examples[i].prompt for i in indices])  # (B, T), (B,)
-        lengths = lengths.cpu()[:, None]  # (B, 1)
-        h = model.hidden(tokens).float().cpu()  # (B, T, d)
-        is_token = torch.arange(tokens.shape[1]) < lengths  # (B, T), False at padding
-        means[indices] = (h * is_token[..., None]).sum(dim=1) / lengths  # (B, d)
-    return means
+    last = len(model.layers)
+    return layer_averages(model, [e.prompt for e in examples], [last], batch_size)[0]
 
 
 class Eco:

@@ -121,13 +121,7 @@ def general_rows(args, model, tokenizer, forget, sha256):
         rows = written_rows(args, model, tokenizer, sha256)
     form = own_form(args.model, tokenizer)
     held_out, rows = split(rows[:MOST], tokenizer, form)
-    copied = runs_of(forget)
-    keys = {row.key for row in forget}
-
-    def is_new(row):
-        return row.key not in keys and share_copied(row, copied) < COPIED
-
-    kept = [row for row in rows if is_new(row)]
+    kept = without_copies(rows, forget)
     if len(kept) < len(rows):
         say(f"general  {len(rows) - len(kept)} texts left out: they repeat rows to forget")
     if len(kept) < FEWEST:
@@ -137,7 +131,14 @@ def general_rows(args, model, tokenizer, forget, sha256):
             f"{source}: only {len(kept)} different general texts of two tokens or more, {FEWEST} "
             f"are needed: give other ones with --general FILE{without}"
         )
-    return kept, [row for row in held_out if is_new(row)]
+    return kept, without_copies(held_out, forget)
+
+
+def without_copies(rows, forget):
+    """The rows that repeat none of those to forget."""
+    copied = runs_of(forget)
+    keys = {row.key for row in forget}
+    return [row for row in rows if row.key not in keys and share_copied(row, copied) < COPIED]
 
 
 def split(rows, tokenizer, form):

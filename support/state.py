@@ -25,6 +25,7 @@ GENERAL = "general.jsonl"  # general text that it wrote; a new run with the same
 TEXTS = "texts.jsonl"  # what the model wrote to make retain rows of
 RUN_FILES = (STATE, LOG, WRITTEN, GENERAL, TEXTS)
 PROMPT_FILES = ("spul.json", "adapter_model.safetensors", "adapter_config.json")  # 1st: it is whole
+GATE_FILES = ("gate.json", "gate.safetensors")  # of extras/gate.py, in the prompt's folder
 FORMAT = 5  # of the description of a run, and of how its rows are drawn
 
 
@@ -86,7 +87,7 @@ def is_ours(names, in_run):
     if "spul.json" in names:
         return True
     is_started = bool(in_run) or is_earlier_versions
-    return is_started and names <= {*PROMPT_FILES, *RUN_FILES}
+    return is_started and names <= {*PROMPT_FILES, *GATE_FILES, *RUN_FILES}
 
 
 def clear_run(args):
@@ -98,7 +99,8 @@ def clear_run(args):
     run = run_folder(out)
     written = [TEXTS] if not args.retain else []
     written += [GENERAL] if args.gamma and not args.general else []
-    for folder, names in ((out, (*PROMPT_FILES, *RUN_FILES)), (run, RUN_FILES)):
+    of_prompt = (*PROMPT_FILES, *GATE_FILES, *RUN_FILES)
+    for folder, names in ((out, of_prompt), (run, RUN_FILES)):
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             if name not in written:
