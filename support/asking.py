@@ -96,9 +96,10 @@ TURNS = (
     ("assistant", "Hello! What would you like to know?"),
 )
 LONGEST_BEFORE = 60  # words of a row that stands before another
-TRIED = 25  # rows by which we see whether the model understands a way to ask
-UNDERSTOOD = 0.8  # of what it answers when asked in the first way
-ANSWERED = 0.5  # the same where something comes before the row, which users cannot avoid
+TRIED = 25  # rows by which we see whether the model understands a wording: there are many,
+UNDERSTOOD = 0.8  # and it does if it answers this share of what it answers in the first way
+TRIED_AFTER = 100  # rows, and the share, where something comes before the row: that is left out
+ANSWERED = 0.5  # only where the model hardly answers, as queries do come after others
 
 
 # ------------------------------------------------------------------------------ never trained on
@@ -156,8 +157,8 @@ def training_ways(args, forget, retain, is_understood):
     or in a chat under other system messages, as many as --rewordings, and later in the chat. The
     last, unless --single, is each row after one of the other side, with that one's own answer.
 
-    is_understood(template, rows, share): whether the model answers rows to retain so, at least this
-    share of what it answers at first; else the way is left out.
+    is_understood(template, rows, n, share): whether the model answers n of the rows to retain so,
+    at least this share of what it answers at first; else the way is left out.
     """
     template = args.template
     ways = [Way([template], forget, retain)]
@@ -168,7 +169,8 @@ def training_ways(args, forget, retain, is_understood):
     elif not all(row.raw for row in forget):
         others = wordings(template, args.rewordings, args.seed)
     asked = tqdm(others, "ways to ask", leave=False, delay=5, disable=ranks()[0] > 0)
-    others = [other for other in asked if other and is_understood(other, retain, UNDERSTOOD)]
+    enough = TRIED, UNDERSTOOD
+    others = [other for other in asked if other and is_understood(other, retain, *enough)]
     times = min(MIXED, len(others))
     for i in range(times):
         first = i * len(others) // times
@@ -183,7 +185,7 @@ def training_ways(args, forget, retain, is_understood):
         if (mixed_forget, mixed_retain) != (forget, retain):
             after_turns.append((mixed_forget, mixed_retain))
     for forget, retain in after_turns:
-        if is_understood(template, retain, ANSWERED):
+        if is_understood(template, retain, TRIED_AFTER, ANSWERED):
             ways.append(Way([template], forget, retain))
     return ways
 
@@ -192,17 +194,17 @@ def understanding(model, tokenizer, template, retain, limit, batch_size):
     """The function `is_understood` of `training_ways`."""
 
     @torch.no_grad()
-    def right(template, rows):
-        examples, _ = make_examples(spread(rows, TRIED), tokenizer, template, limit)
+    def right(template, rows, n):
+        examples, _ = make_examples(spread(rows, n), tokenizer, template, limit)
         hidden = answer_hidden(model, examples, batch_size=batch_size)
         best = [model.head(h).argmax(dim=-1).tolist() for h in hidden]
         return sum(ids == list(e.answer) for ids, e in zip(best, examples))
 
     @functools.cache
-    def right_at_first():
-        return right(template, retain)
+    def right_at_first(n):
+        return right(template, retain, n)
 
-    return lambda other, rows, share: right(other, rows) >= share * right_at_first()
+    return lambda other, rows, n, share: right(other, rows, n) >= share * right_at_first(n)
 
 
 def wordings(template, n, seed):

@@ -122,13 +122,14 @@ def test_a_way_that_the_model_does_not_understand_is_left_out(tokenizer, monkeyp
     best = [llama.head(h).argmax(dim=-1).tolist() for h in hidden]
     right = [type(e)((*e.ids[: -e.n], *ids), e.n, "", False) for e, ids in zip(right, best)]
     is_understood = understanding(llama, tokenizer, QUESTION, right, 100, 4)
-    assert is_understood(OWN, right, 1.0) and not is_understood(OWN, wrong, 0.1)
+    assert is_understood(OWN, right, 4, 1.0) and not is_understood(OWN, wrong, 4, 0.1)
     half = right[:2] + wrong[:2]
-    assert is_understood(OWN, half, 0.5) and not is_understood(OWN, half, 0.6)
+    assert is_understood(OWN, half, 4, 0.5) and not is_understood(OWN, half, 4, 0.6)
+    assert is_understood(OWN, half, 2, 0.5)  # every second row: one is right
     rows = rows_of(2, "yes"), rows_of(2, "no")
     assert len(training_ways(options(), *rows, lambda *_: False)) == 1
     # after another row it is enough that the model answers in half of the cases
-    (_, after) = training_ways(options(), *rows, lambda template, rows, share: share <= 0.5)
+    (_, after) = training_ways(options(), *rows, lambda _, rows, n, share: (n, share) == (100, 0.5))
     assert all(row.turns for row in (*after.forget, *after.retain))
 
 
