@@ -50,25 +50,16 @@ class SoftPrompt(nn.Module):
     Its parameter counts are the ones the paper reports (1.19M for p 30, d 4096). hidden=0 is E
     itself, free vectors, as the paper's text says.
 
-    start (p, d), our addition: phi is start plus the encoder's output, which is 0 at first, because
-    its last layer begins at 0. The first of several vectors does not learn. Models attend to their
-    first token when no other matters (attention sinks, Xiao et al., arXiv 2309.17453), so all text
-    changes with what stands there. Cartridges freeze their first token, too.
-
     earlier (q, d): the vectors of earlier prompts, which come first and do not learn. phi is then
-    (q + p, d), and all of its last p vectors learn.
+    (q + p, d).
     """
 
-    def __init__(self, p, d, hidden=128, start=None, earlier=None):
+    def __init__(self, p, d, hidden=128, earlier=None):
         super().__init__()
-        is_random = start is None
-        if is_random:
-            start = torch.zeros(p, d)
-        frozen = 0 if is_random or p == 1 or earlier is not None else 1
-        first = start[:frozen] if earlier is None else earlier
-        self.register_buffer("first", first.clone())  # (frozen, d), or (q, d)
-        self.register_buffer("start", start[frozen:].clone())  # (p - frozen, d)
-        self.E = nn.Parameter(torch.randn(p - frozen, d))  # N(0, 1), as nn.Embedding
+        if earlier is None:
+            earlier = torch.zeros(0, d)
+        self.register_buffer("earlier", earlier.clone())  # (q, d)
+        self.E = nn.Parameter(torch.randn(p, d))  # N(0, 1), as nn.Embedding
         self.mlp = nn.Identity()
         if hidden:
             self.mlp = nn.Sequential(
@@ -78,13 +69,9 @@ class SoftPrompt(nn.Module):
                 nn.ReLU(),
                 nn.Linear(hidden, d),
             )
-        if not is_random:
-            last = self.mlp[-1] if hidden else self
-            for parameter in last.parameters(recurse=False):
-                nn.init.zeros_(parameter)
 
     def forward(self):
-        return torch.cat([self.first, self.start + self.mlp(self.E)])  # phi (p, d), float32
+        return torch.cat([self.earlier, self.mlp(self.E)])  # phi (q + p, d), float32
 
 
 # -------------------------------------------------------------------------------------- the losses

@@ -36,7 +36,7 @@ from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
 from support.elsewhere import EARLIER, elsewhere_table, examples_to_ask, leaves_out
 from support.elsewhere import measure_elsewhere, texts_elsewhere, true_labels, verdicts
-from support.general import make_general, sentence_vectors
+from support.general import make_general
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
 from support.options import parse
@@ -61,7 +61,7 @@ SAVE_EVERY = 50  # steps: what a kill can cost
 # Options that make a run the same run: those of the loss, and these.
 OBJECTIVE = [field.name for field in dataclasses.fields(Objective)]
 RUN_OPTIONS = """
-    num_tokens init encoder_hidden generic lr epochs batch_size forget_per_batch max_length
+    num_tokens encoder_hidden generic lr epochs batch_size forget_per_batch max_length
     template more_templates rewordings single after seed quantize plain
 """.split()
 
@@ -341,7 +341,7 @@ def prepare(args, splits, mode, change=None):
         ways=ways,
         generic=generic,
         labels=label_set(all_rows, tokenizer, generic, args.template),
-        prompt=make_prompt(args, model, tokenizer),
+        prompt=make_prompt(args, model),
         batches=Batches(
             examples, ways, args.epochs, args.batch_size, args.seed, args.forget_per_batch
         ),
@@ -360,16 +360,11 @@ def prepare(args, splits, mode, change=None):
     return job
 
 
-def make_prompt(args, model, tokenizer):
+def make_prompt(args, model):
     """The prompt as it begins, drawn by the seed."""
     torch.manual_seed(args.seed)
-    p = args.num_tokens
-    start = None
-    if args.init == "sentence":
-        first = 1 if args.after else 0  # what stands first is an earlier prompt's
-        start = sentence_vectors(model, tokenizer, args.model, first + p)[first:]  # (p, d)
     d = model.config.hidden_size
-    prompt = SoftPrompt(p, d, args.encoder_hidden, start, args.earlier.phi)
+    prompt = SoftPrompt(args.num_tokens, d, args.encoder_hidden, args.earlier.phi)
     return prompt.to(model.device)
 
 

@@ -85,10 +85,12 @@ DEFAULT_BATCH = 16
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
 SHORT = 4  # epochs of the runs that leave out a part
+STARTS = ("sentence", "vocabulary")  # of results/starts.py
 LEFT_OUT = (  # or changed, one at a time: what the study's line says, its name and its options
     ("all parts", "short"),
     ("no L_keep", "gamma-0", "--gamma", 0),
-    ("random start", "random", "--init", "random"),
+    ("start from a sentence", "sentence"),
+    ("start from rows of the vocabulary", "vocabulary"),
     ("one way to ask", "one-way", "--rewordings", 0, "--single"),
     ("all rows once an epoch", "once", "--forget-per-batch", "share"),
     ("batches as rows come", "natural", "--forget-per-batch", "natural"),
@@ -500,7 +502,9 @@ class Plan:
         runs.append(self.default("before: the paper's, at a higher rate", "before", *before))
         for method, name, *options in LEFT_OUT:
             method = f"{SHORT} epochs, {method}"
-            runs.append(self.default(method, name, "--epochs", SHORT, *options))
+            program = ["results/starts.py", name] if name in STARTS else ["train.py"]
+            options = ["--epochs", SHORT, *options]
+            runs.append(self.default(method, name, *options, program=program))
         yield runs
 
     def elsewhere_sst2(self):
@@ -510,10 +514,10 @@ class Plan:
 
     elsewhere_sciq = elsewhere_sst2
 
-    def default(self, method, name, *options):
+    def default(self, method, name, *options, program=("train.py",)):
         """A prompt with train.py's defaults, but for these options."""
         made = self.work / name
-        train = ["train.py", "--model", self.known, *self.data(*SPLITS), *self.dtype, *options]
+        train = [*program, "--model", self.known, *self.data(*SPLITS), *self.dtype, *options]
         train += ["--resume", "--out", made]
         return self.run(method, name, train, learned=made, found=self.runs / name / "spul.json")
 

@@ -85,22 +85,16 @@ def text_examples(rows, tokenizer, form, limit=None):
     return [e for e in examples if e]
 
 
-def sentence_vectors(model, tokenizer, folder, p=None):
+def sentence_vectors(model, tokenizer, folder):
     """The embeddings of a harmless sentence, after what the model always sees first, (p, d).
 
-    They are where a prompt starts, and what its changes are compared with. p: cut, or repeated, to
-    so many vectors.
+    What a prompt changes is compared with what they change.
     """
     form = own_form(folder, tokenizer)
     first = tokenizer.bos or model.end_ids().tolist()[:1]
     if not form.add_bos:
         first = tokenizer.encode_parts([(form.string.split(TEXT)[0], True)])[:1]
-    sentence = tokenizer.encode_inside(SENTENCE)
-    ids = first + sentence
-    if p:
-        while len(ids) < p:
-            ids = ids + sentence
-        ids = ids[:p]
+    ids = first + tokenizer.encode_inside(SENTENCE)
     return gather_full(model.embed_tokens.weight)[ids].float()
 
 

@@ -8,7 +8,6 @@ from support.cli import number, use_demo
 # The paper's own setting, for --paper.
 PAPER = {
     "num_tokens": 30,
-    "init": "random",
     "encoder_hidden": 128,  # released code
     "alpha": 1.0,
     "beta": 0.5,
@@ -31,9 +30,6 @@ def make_parser(description=""):
     add = parser.add_argument_group("the prompt and its loss").add_argument
     add("--num-tokens", type=number(int, 1), default=30, metavar="P",
         help="prompt vectors p (default 30, where the paper forgets best)")
-    add("--init", choices=["sentence", "random"], default="sentence",
-        help="where the vectors begin (default sentence: the embeddings of a harmless one, after "
-        "what the model always sees first; paper random)")
     add("--encoder-hidden", type=number(int, 0), default=128, metavar="H",
         help="encoder width (default 128, released code); 0: free vectors")
     add("--alpha", type=number(float, 0), default=Objective.alpha,

@@ -33,7 +33,7 @@ def plan_lines(job):
     phi = job.prompt().detach()
     spread = gather_full(model.embed_tokens.weight)[:65536].float().std()
     yield "prompt", (
-        f"{phi.shape[0]} x {phi.shape[1]}, {encoder}, {args.init} start: {trainable:,} trainable "
+        f"{phi.shape[0]} x {phi.shape[1]}, {encoder}: {trainable:,} trainable "
         f"({share:.3g} %); std {phi.std():.2g}, token embeddings {spread:.2g}"
     )
 

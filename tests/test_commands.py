@@ -76,8 +76,7 @@ def test_the_prompt_folder_says_what_it_is(folder, trained, files):
     asked_otherwise |= {"train forget, after a retain row", "train retain, after a forget row"}
     for results in (info["results"]["with"], info["results"]["without"]):
         assert set(results) == splits | asked_otherwise
-    start = torch.ones(info["p"], info["d"])
-    prompt = SoftPrompt(info["p"], info["d"], info["options"]["encoder_hidden"], start)
+    prompt = SoftPrompt(info["p"], info["d"], info["options"]["encoder_hidden"])
     assert info["trainable"] == sum(t.numel() for t in prompt.parameters())
     assert info["steps"] == 14
     assert info["seconds"] > 0
@@ -163,7 +162,6 @@ def test_paper_is_the_papers_setting_as_a_whole():
     values = vars(args)
     written_out = {
         "num_tokens": 30,
-        "init": "random",
         "encoder_hidden": 128,
         "alpha": 1.0,
         "beta": 0.5,
@@ -200,7 +198,7 @@ def test_without_paper_weights_start_rate_and_batches_are_not_the_papers():
     other = vars(parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
     different -= {"paper", "rewordings", "single", "forget_per_batch"}
-    assert different == {"alpha", "gamma", "init", "generic", "lr", "epochs", "batch_size"}
+    assert different == {"alpha", "gamma", "generic", "lr", "epochs", "batch_size"}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):

@@ -5,18 +5,15 @@ import shutil
 import sys
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import eval as evaluate
 import train
 from spul import load_prompt, save_prompt
-from support.general import SENTENCE
 from support.hardware import peak_memory
 from support.identity import check_fingerprint, digest_of_files, fingerprint
-from support.tokenizer import Tokenizer
-from tests.helpers import ROOT, call, in_two_files, phi_of, save_weights, tiny, train_args
-from tests.helpers import vectors, without, write_rows
+from tests.helpers import ROOT, call, in_two_files, save_weights, tiny, train_args
+from tests.helpers import vectors, write_rows
 
 
 def rewritten_config(path):
@@ -178,19 +175,6 @@ def test_a_system_that_does_not_count_memory_is_no_error(monkeypatch):
     assert peak_memory("cpu") > 0
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory("cpu") is None
-
-
-def test_a_prompt_starts_as_a_sentence_behind_bos_which_stays(folder, files, tmp_path):
-    tokenizer = Tokenizer(folder)
-    args = train_args(folder, files, tmp_path / "p", "--num-tokens", 60, "--lr", 1e-9)
-    assert call(train, *without(args, "--encoder-hidden")) == 0
-    ids = tokenizer.bos + tokenizer.encode_inside(SENTENCE)
-    assert len(ids) < 60
-    ids = (ids + tokenizer.encode_inside(SENTENCE))[:60]
-    phi = phi_of(tmp_path / "p")
-    table = tiny().embed_tokens.weight
-    torch.testing.assert_close(phi, table[ids], atol=1e-6, rtol=0)
-    assert torch.equal(phi[0], table[ids[0]])
 
 
 def test_a_window_that_hides_the_prompt_is_said_with_its_numbers(folder, files, tmp_path, capsys):

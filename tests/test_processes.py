@@ -25,7 +25,7 @@ def test_two_processes_give_the_losses_of_one(how, folder, files, tmp_path):
     """
     rows = [{"text": f"text {i} of the {i * 7} red and blue cats by the sea"} for i in range(20)]
     texts = write_rows(tmp_path / "general.jsonl", rows)
-    options = ["--batch-size", 17, "--epochs", 4, "--init", "random", "--lr", 3e-3]
+    options = ["--batch-size", 17, "--epochs", 4, "--lr", 3e-3]
     options += ["--forget-per-batch", "natural"]
     options += ["--gamma", 1, "--general", texts]
     assert call(train, *train_args(folder, files, tmp_path / "one", *options)) == 0
@@ -52,7 +52,7 @@ def test_two_processes_draw_the_rows_that_one_does_and_know_all_their_losses(
     how, folder, files, tmp_path
 ):
     """Batches of 3, in several ways: one process has two rows, and at times the other has none."""
-    options = ["--batch-size", 3, "--epochs", 2, "--init", "random", "--lr", 3e-3]
+    options = ["--batch-size", 3, "--epochs", 2, "--lr", 3e-3]
     options += ["--template", "sentiment", "--template", "question"]
     args = {name: train_args(folder, files, tmp_path / name, *options) for name in ("one", "two")}
     for some in args.values():

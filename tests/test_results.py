@@ -20,8 +20,11 @@ import eval as evaluate
 import train
 from extras import assess, baselines, finetune, guards, robust, tofu
 from model import Llama
+from spul import load_prompt
+from support.general import sentence_vectors
 from support.options import parse
-from tests.helpers import ROOT, call, command, lines_of, python, tokens_of
+from support.tokenizer import Tokenizer
+from tests.helpers import ROOT, call, command, lines_of, python, tokens_of, train_args
 from tests.test_finetune import write_lora
 
 
@@ -203,9 +206,10 @@ def test_the_study_of_other_text_shows_what_a_prompt_changes_elsewhere(small_stu
     assert f"{result['kl']:.3f} ({result['sentence_kl']:.3f})" in table
     plan = study.plans.Plan("elsewhere", folder_of(args), tmp_path / "work", tmp_path)
     commands = [" ".join(map(str, run.commands[0])) for run in plan.groups()[1]]
-    assert len(set(commands)) == len(commands) == 15
+    assert len(set(commands)) == len(commands) == 16
     for run in plan.groups()[1]:
-        parse([str(word) for word in run.commands[0][1:]])
+        words = [str(word) for word in run.commands[0]]
+        parse(words[words.index("--model") :])
 
 
 def folder_of(args):
@@ -330,6 +334,45 @@ def test_a_model_is_cut_to_its_first_layers_or_has_each_several_times(folder, tm
             "results/cut.py", "--model", folder, "--layers", args[0], "--out", tmp_path / args[1]
         )
         assert failed.returncode == 2 and re.search(pattern, failed.stderr)
+
+
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_a_prompt_with_a_start_begins_there_and_its_first_vector_stays(hidden, monkeypatch):
+    start = torch.randn(5, 12)
+    prompt = script_of_results("starts", monkeypatch).Started(start, hidden)
+    assert torch.equal(prompt(), start)
+    optimizer = torch.optim.AdamW(prompt.parameters(), lr=0.1)
+    prompt().square().sum().backward()
+    optimizer.step()
+    assert torch.equal(prompt()[0], start[0])
+    assert (prompt()[1:] != start[1:]).all(dim=1).all()
+
+
+def test_the_starts_are_a_sentence_repeated_and_rows_of_the_vocabulary(folder, monkeypatch):
+    starts = script_of_results("starts", monkeypatch)
+    model, tokenizer = Llama.from_pretrained(folder), Tokenizer(folder)
+    sentence = sentence_vectors(model, tokenizer, folder)
+    n = len(sentence)
+    start = starts.vectors("sentence", model, tokenizer, folder, n + 3)
+    assert torch.equal(start, torch.cat([sentence, sentence[1:4]]))
+    start = starts.vectors("vocabulary", model, tokenizer, folder, 9)
+    assert torch.equal(start[0], sentence[0])
+    is_equal = (start[1:, None] == model.embed_tokens.weight.float()).all(dim=-1)  # (8, V)
+    assert is_equal.any(dim=1).all()
+    assert len(set(is_equal.int().argmax(dim=1).tolist())) > 4
+
+
+def test_train_starts_elsewhere_with_this_script(folder, files, tmp_path):
+    out = tmp_path / "p"
+    options = train_args(folder, files, out, "--epochs", 1, "--lr", 1e-9)
+    done = command("results/starts.py", "sentence", *options)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = Llama.from_pretrained(folder), Tokenizer(folder)
+    phi, _ = load_prompt(out)
+    sentence = sentence_vectors(model, tokenizer, folder)
+    torch.testing.assert_close(phi, sentence[: len(phi)], atol=1e-5, rtol=0)
+    failed = command("results/starts.py", *options)
+    assert failed.returncode == 2 and "sentence or vocabulary" in failed.stderr
 
 
 SCRIPTS = [
