@@ -329,6 +329,10 @@ def prepare(args, splits, mode, change=None):
         general = make_general(args, model, tokenizer, splits, base_sha256)
         data += [general.own, general.plain]
 
+    batches = Batches(
+        examples, ways, args.epochs, args.batch_size, args.seed, args.forget_per_batch
+    )
+    args.epochs = batches.epochs  # with few rows more than usual, if none are given
     all_rows = [row for rows in splits.values() for row in rows]
     generic = list(dict.fromkeys(args.earlier.generic + args.generic))
     job = Job(
@@ -342,9 +346,7 @@ def prepare(args, splits, mode, change=None):
         generic=generic,
         labels=label_set(all_rows, tokenizer, generic, args.template),
         prompt=make_prompt(args, model),
-        batches=Batches(
-            examples, ways, args.epochs, args.batch_size, args.seed, args.forget_per_batch
-        ),
+        batches=batches,
         objective=Objective(**{name: getattr(args, name) for name in OBJECTIVE}),
         description=describe(args, [*OBJECTIVE, *RUN_OPTIONS], model, data, base_sha256),
         cut=cut,

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 def main(argv=None):
     parser = Parser(__doc__)
-    add_options(parser, data=False, batch_size=16)
+    add_options(parser, data=False, batch_size=8)
     parser.add_argument("--rounds", type=number(int, 1), default=8, help="of both (default 8)")
     args = parser.parse_args(argv)
     check_required(args, "model")

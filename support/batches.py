@@ -5,6 +5,8 @@ import random
 from bisect import bisect
 from itertools import accumulate, pairwise
 
+EPOCHS = 6  # by default, but with few rows as many as make
+FEWEST_STEPS = 300
 WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
 BY_LOSS = 0.5  # of the draws; the rest are uniform, so that no row counts more than twice
 RECENT = 0.2  # how much of a side's mean is the last step's
@@ -30,9 +32,9 @@ class Batches:
     """
 
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
+        """epochs None: EPOCHS, or as many as make FEWEST_STEPS."""
         self.examples = examples
         self.ways = ways
-        self.epochs = epochs
         self.batch_size = batch_size
         self.seed = seed
         self.forget_per_batch = forget_per_batch
@@ -43,6 +45,7 @@ class Batches:
         self.means = {True: 1.0, False: 1.0}  # m of the rows to forget, and of the others
         self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
         self.per_epoch = len(self.current)
+        self.epochs = epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / self.per_epoch))
 
     def __len__(self):
         """The steps of the run."""

@@ -1,6 +1,7 @@
 """The options of train.py, and the paper's setting of them."""
 
 from spul import Objective
+from support.batches import EPOCHS, FEWEST_STEPS
 from support.checks import read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
 from support.cli import number, use_demo
@@ -26,7 +27,7 @@ PAPER = {
 
 def make_parser(description=""):
     parser = Parser(description)
-    add_options(parser, batch_size=16, several=True)
+    add_options(parser, batch_size=8, several=True)
     add = parser.add_argument_group("the prompt and its loss").add_argument
     add("--num-tokens", type=number(int, 1), default=30, metavar="P",
         help="prompt vectors p (default 30, where the paper forgets best)")
@@ -65,8 +66,9 @@ def make_parser(description=""):
         help="the paper's setting as a whole; options given beside it still count")
     add("--lr", type=number(float, 0, above=True), default=1e-2,
         help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
-    add("--epochs", type=number(int, 1), default=6,
-        help="passes over as many rows as there are (default 6, paper 10)")
+    add("--epochs", type=number(int, 1),
+        help=f"passes over as many rows as there are (default {EPOCHS}, but at least "
+        f"{FEWEST_STEPS} steps; paper 10)")
     add("--forget-per-batch", type=forget_rows, metavar="K", default="loss",
         help="forget rows in every batch; share: all rows once an epoch, and each batch has its "
         "share of both sides; loss (default): the same, but after the first epoch rows not yet "

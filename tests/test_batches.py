@@ -12,7 +12,7 @@ import spul
 import train
 from data import collate
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, token_losses
-from support.batches import AHEAD, Batches, draw_rows, epoch_batches
+from support.batches import AHEAD, EPOCHS, FEWEST_STEPS, Batches, draw_rows, epoch_batches
 from tests.helpers import call, logged, small_batch, teacher_of, tiny, train_args
 
 
@@ -31,6 +31,14 @@ def run_through(batches, losses_of=lambda i: 1.0):
 
 
 # -------------------------------------------------------------------------------------- the draws
+
+
+def test_few_rows_have_as_many_epochs_as_make_enough_steps_unless_they_are_given():
+    few, many = small_batch(4, 16), small_batch(100, 400)
+    assert made(few, epochs=None).epochs == math.ceil(FEWEST_STEPS / 3)
+    assert FEWEST_STEPS <= len(made(few, epochs=None)) < FEWEST_STEPS + 3
+    assert made(many, epochs=None).epochs == EPOCHS
+    assert made(few, epochs=2).epochs == 2
 
 
 def test_a_row_is_drawn_half_by_its_loss_and_counts_the_inverse_of_how_often_it_comes():
