@@ -382,7 +382,7 @@ def measure_splits(job, phi=None, known=None):
             job.generic,
             phi,
             hidden=(known or {}).get(name),
-            batch_size=job.args.batch_size,
+            batch_size=job.args.read_batch_size,
         )
     return results
 
@@ -395,7 +395,7 @@ def measure_before(job):
     args = job.args
     earlier = args.earlier.phi
     shift = job.objective.kl_shift
-    teacher = Teacher(job.model, job.examples, shift, args.batch_size, earlier)
+    teacher = Teacher(job.model, job.examples, shift, args.read_batch_size, earlier)
     known = {}
     if shift == 0:  # the rows of the first way are measured, too
         first = range(len(job.examples) // job.ways)
@@ -406,7 +406,7 @@ def measure_before(job):
     for name in [name for name in before if leaves_out(name, before)]:
         del before[name], job.measured[name]
     if job.general:
-        job.general.compute_teacher(job.model, args.batch_size, earlier)
+        job.general.compute_teacher(job.model, args.read_batch_size, earlier)
     return before, teacher
 
 
@@ -418,8 +418,9 @@ def finish(job, before):
     after = measure_splits(job, phi)
     held_out = job.general.held_out if job.general else None
     texts = texts_elsewhere(args.model, job.tokenizer, row_limit(args, len(phi)), held_out)
+    read = args.read_batch_size
     elsewhere = measure_elsewhere(
-        job.model, job.tokenizer, texts, phi, args.model, args.batch_size, args.earlier.phi
+        job.model, job.tokenizer, texts, phi, args.model, read, args.earlier.phi
     )
     if ranks()[0] > 0:
         return

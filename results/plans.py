@@ -81,7 +81,6 @@ SEEDS = dict.fromkeys(TRIES, (0, 1, 2)) | {"full": (0, 1)}  # of SPUL
 
 SPUL_EPOCHS = 10
 SPUL_RATE = "3e-3"
-DEFAULT_BATCH = 16
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
 SHORT = 4  # epochs of the runs that leave out a part
@@ -497,7 +496,7 @@ class Plan:
     def elsewhere(self):
         """What each part does to other text, on a model that talks; the defaults, three seeds."""
         yield [self.memorised()]
-        before = ["--paper", "--lr", SPUL_RATE, "--batch-size", DEFAULT_BATCH]
+        before = ["--paper", "--lr", SPUL_RATE, *self.batch()]
         runs = [self.default("defaults", f"default-{seed}", "--seed", seed) for seed in (0, 1, 2)]
         runs.append(self.default("before: the paper's, at a higher rate", "before", *before))
         for method, name, *options in LEFT_OUT:

@@ -19,6 +19,7 @@ import train  # noqa: E402
 from spul import SoftPrompt  # noqa: E402
 from support.cli import run  # noqa: E402
 from support.general import sentence_vectors  # noqa: E402
+from support.processes import gather_full  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 
 STARTS = ("sentence", "vocabulary")
@@ -45,20 +46,33 @@ def vectors(kind, model, tokenizer, folder, p):
         return torch.stack([first, *(sentence * p)[: p - 1]])
     draws = torch.Generator().manual_seed(0)
     ids = torch.randint(0, tokenizer.count, (p - 1,), generator=draws)
-    return torch.cat([first[None], model.embed_tokens.weight[ids].float()])
+    return torch.cat([first[None], gather_full(model.embed_tokens.weight)[ids].float()])
+
+
+class Change:
+    """What train.main is told of the start, so that no other run is resumed with it."""
+
+    def __init__(self, kind):
+        self.options = {"start": kind}
+
+    def reader(self, *_):
+        """The texts are read as they are."""
 
 
 def main(argv):
     if argv[:1] not in ([name] for name in STARTS):
         raise ValueError(f"the first word is where the prompt starts: {' or '.join(STARTS)}")
+    kind = argv[0]
 
     def make_prompt(args, model):
+        if args.after or args.num_tokens == 1:
+            raise ValueError("another start is not for --after, and wants --num-tokens 2 or more")
         torch.manual_seed(args.seed)
-        start = vectors(argv[0], model, Tokenizer(args.model), args.model, args.num_tokens)
+        start = vectors(kind, model, Tokenizer(args.model), args.model, args.num_tokens)
         return Started(start, args.encoder_hidden).to(model.device)
 
     train.make_prompt = make_prompt
-    train.main(argv[1:])
+    train.main(argv[1:], Change(kind))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Way(NamedTuple):
 def training_examples(args, forget, retain, model, tokenizer, limit):
     """The rows to train on, asked in each way -> Examples, and the number of ways."""
     is_understood = understanding(
-        model, tokenizer, args.template, retain, limit, args.batch_size
+        model, tokenizer, args.template, retain, limit, args.read_batch_size
     )
     ways = training_ways(args, forget, retain, is_understood)
     examples = []

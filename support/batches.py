@@ -5,8 +5,8 @@ import random
 from bisect import bisect
 from itertools import accumulate, pairwise
 
-EPOCHS = 6  # by default, but with few rows as many as make
-FEWEST_STEPS = 300
+EPOCHS = 6  # by default
+FEWEST_STEPS = 300  # by default, too: few rows get more epochs
 WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
 BY_LOSS = 0.5  # of the draws; the rest are uniform, so that no row counts more than twice
 RECENT = 0.2  # how much of a side's mean is the last step's
@@ -32,7 +32,7 @@ class Batches:
     """
 
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
-        """epochs None: EPOCHS, or as many as make FEWEST_STEPS."""
+        """epochs None: EPOCHS, or more where these make fewer than FEWEST_STEPS."""
         self.examples = examples
         self.ways = ways
         self.batch_size = batch_size
@@ -100,7 +100,8 @@ class Batches:
             for place, i in enumerate(drawn):  # the same rows go to different batches
                 batches[place % len(batches)].append(i)
         rng.shuffle(batches)
-        batches = asked_in_ways(batches, self.rows, self.ways, rng)
+        step = epoch * self.per_epoch + n
+        batches = asked_in_ways(batches, self.rows, self.ways, rng, step)
         return [(indices, [weights[i % self.rows] for i in indices]) for indices in batches]
 
 
@@ -153,7 +154,7 @@ def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=None, ways
     rng.shuffle(batches)
     if k:
         add_forget_rows(batches, forget, k, rng)
-    return asked_in_ways(batches, rows, ways, rng)
+    return asked_in_ways(batches, rows, ways, rng, epoch * len(batches))
 
 
 def both_sides(examples):
@@ -193,9 +194,10 @@ def shared_out(forget, retain, counts, examples):
     return [part_f + part_r for part_f, part_r in zip(*sides)]
 
 
-def asked_in_ways(batches, rows, ways, rng):
-    """The batches, every second one in another way, drawn by chance."""
-    chosen = [rng.randrange(1, ways) if n % 2 and ways > 1 else 0 for n in range(len(batches))]
+def asked_in_ways(batches, rows, ways, rng, step):
+    """The batches, every second one in another way, drawn by chance. step: of the first one."""
+    steps = range(step, step + len(batches))
+    chosen = [rng.randrange(1, ways) if n % 2 and ways > 1 else 0 for n in steps]
     return [[i + way * rows for i in batch] for way, batch in zip(chosen, batches)]
 
 

@@ -10,7 +10,7 @@ import train
 from data import TEMPLATES, Row, Template, make_example, prompt_ids
 from support import asking
 from support.asking import after_another, reworded, training_ways, understanding, wordings
-from support.batches import epoch_batches
+from support.batches import Batches, epoch_batches
 from support.elsewhere import ways_to_ask
 from support.options import PAPER
 from tests.helpers import call, logged, small_batch, tiny, train_args, without
@@ -145,6 +145,18 @@ def test_a_batch_is_asked_in_one_way_and_every_second_one_in_the_first():
         ways.append(way)
     assert ways[0::2] == [0] * 3 and set(ways[1::2]) <= {1, 2}
     assert sorted(i % 48 for batch in batches for i in batch) == list(range(48))
+
+
+@pytest.mark.parametrize("forget_per_batch", ["loss", "share"])
+def test_rows_of_a_single_batch_are_asked_otherwise_in_every_second_step(forget_per_batch):
+    examples = small_batch(2, 4) * 3
+    batches = Batches(examples, 3, 10, 8, 0, forget_per_batch)
+    ways = []
+    for step in range(len(batches)):
+        _, indices, _ = batches.batch(step)
+        ways.append(indices[0] // 6)
+        batches.tell(indices, [1.0] * len(indices))
+    assert ways[0::2] == [0] * 5 and set(ways[1::2]) <= {1, 2}
 
 
 def test_each_batch_has_its_share_of_both_sides():

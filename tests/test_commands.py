@@ -192,13 +192,19 @@ def test_an_option_beside_paper_still_counts():
     assert args.num_tokens == 5
 
 
-def test_without_paper_weights_start_rate_and_batches_are_not_the_papers():
+def test_without_paper_weights_rate_and_batches_are_not_the_papers():
     common = ["--model", "m", "--forget", "f"]
     one = vars(parse(common)[0])
     other = vars(parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
     different -= {"paper", "rewordings", "single", "forget_per_batch"}
     assert different == {"alpha", "gamma", "generic", "lr", "epochs", "batch_size"}
+
+
+def test_rows_are_read_in_larger_batches_than_they_are_trained_in():
+    common = ["--model", "m", "--forget", "f", "--batch-size"]
+    sizes = {n: parse([*common, str(n)])[0].read_batch_size for n in (1, 8, 16, 128)}
+    assert sizes == {1: 4, 8: 32, 16: 32, 128: 128}
 
 
 def test_prompt_and_completion_rows_train_and_measure(folder, tmp_path):

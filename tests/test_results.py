@@ -371,8 +371,11 @@ def test_train_starts_elsewhere_with_this_script(folder, files, tmp_path):
     phi, _ = load_prompt(out)
     sentence = sentence_vectors(model, tokenizer, folder)
     torch.testing.assert_close(phi, sentence[: len(phi)], atol=1e-5, rtol=0)
+    assert json.loads((out / "spul.json").read_text())["options"]["start"] == "sentence"
     failed = command("results/starts.py", *options)
     assert failed.returncode == 2 and "sentence or vocabulary" in failed.stderr
+    failed = command("results/starts.py", "sentence", *options, "--num-tokens", 1, "--overwrite")
+    assert failed.returncode == 2 and "--num-tokens 2 or more" in failed.stderr
 
 
 SCRIPTS = [
