@@ -151,7 +151,7 @@ def test_the_assessment_has_every_part_and_every_column(assessed, capsys):
         "relearning" in own["before"]
         and own["before"]["relearning"] == own["before"]["attack"] == {}
     )
-    assert lines["cost", "parameters trained"]["with"] == 720
+    assert lines["cost", "parameters trained"]["with"] == 752
     assert [line for (_, line), row in lines.items() if "stored" in row["what"]] == [
         "bytes beside the model"
     ]
