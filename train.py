@@ -418,9 +418,14 @@ def finish(job, before):
     after = measure_splits(job, phi)
     held_out = job.general.held_out if job.general else None
     texts = texts_elsewhere(args.model, job.tokenizer, row_limit(args, len(phi)), held_out)
-    read = args.read_batch_size
     elsewhere = measure_elsewhere(
-        job.model, job.tokenizer, texts, phi, args.model, read, args.earlier.phi
+        job.model,
+        job.tokenizer,
+        texts,
+        phi,
+        args.model,
+        args.read_batch_size,
+        args.earlier.phi,
     )
     if ranks()[0] > 0:
         return

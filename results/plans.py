@@ -12,6 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from starts import STARTS  # noqa: E402
 from support.files import read_json, write_whole  # noqa: E402
 from support.identity import digest_of_files  # noqa: E402
 
@@ -84,7 +85,6 @@ SPUL_RATE = "3e-3"
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
 SHORT = 4  # epochs of the runs that leave out a part
-STARTS = ("sentence", "vocabulary")  # of results/starts.py
 LEFT_OUT = (  # or changed, one at a time: what the study's line says, its name and its options
     ("all parts", "short"),
     ("no L_keep", "gamma-0", "--gamma", 0),

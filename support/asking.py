@@ -96,10 +96,13 @@ TURNS = (
     ("assistant", "Hello! What would you like to know?"),
 )
 LONGEST_BEFORE = 60  # words of a row that stands before another
-TRIED = 25  # rows by which we see whether the model understands a wording: there are many,
-UNDERSTOOD = 0.8  # and it does if it answers this share of what it answers in the first way
-TRIED_AFTER = 100  # rows, and the share, where something comes before the row: that is left out
-ANSWERED = 0.5  # only where the model hardly answers, as queries do come after others
+
+# A way to ask is trained in only if the model, without a prompt, still answers so many of some
+# retain rows, as a share of those that it answers in the first way.
+TRIED = 25  # rows for each wording, as there are many
+UNDERSTOOD = 0.8
+TRIED_AFTER = 100  # rows where something comes before the row
+ANSWERED = 0.5  # less is asked there: users' queries do come after others
 
 
 # ------------------------------------------------------------------------------ never trained on

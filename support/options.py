@@ -6,7 +6,7 @@ from support.checks import read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
 from support.cli import number, use_demo
 
-READ_AT_ONCE = 32  # rows, if no more are in a batch
+READ_AT_ONCE = 32  # rows, where no gradients are needed and so a row takes far less memory
 
 # The paper's own setting, for --paper.
 PAPER = {
@@ -108,7 +108,6 @@ def parse(argv, description=""):
     if args.rewordings is None:
         args.rewordings = 0 if is_demo else 32
     args.generic = read_generic(args.generic)
-    # Rows are read without gradients, which takes far less memory a row.
     args.read_batch_size = max(args.batch_size, min(4 * args.batch_size, READ_AT_ONCE))
     k = args.forget_per_batch
     if isinstance(k, int) and k >= args.batch_size:
