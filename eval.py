@@ -13,6 +13,7 @@ generated ones are compared by ROUGE-L.
 Letters: B rows, n answer tokens of a row, N of a batch, p prompt tokens, d width, V vocabulary.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -134,10 +135,17 @@ def generate_answers(tokenizer, examples, generate, batch_size=32):
 
 
 def generator(model, phi=None):
-    """-> generate(prompts, max_new_tokens), which continues prompts after phi, if it is given."""
-    with torch.no_grad():
-        prefix = model.prefix(phi)
-    return lambda prompts, n: model.generate(prompts, prefix, n)
+    """-> generate(prompts, max_new_tokens), which continues prompts after phi, if it is given.
+
+    phi's keys and values are computed once, when they are first needed.
+    """
+
+    @functools.cache
+    @torch.no_grad()
+    def prefix():
+        return model.prefix(phi)
+
+    return lambda prompts, n: model.generate(prompts, prefix(), n)
 
 
 def measure(
@@ -265,6 +273,8 @@ def table_command(args, model, tokenizer, phi, info, splits):
     before = {}
     after = {}
     answers = generic or ["unknown"]
+    generate = generator(model)
+    generate_with = generator(model, phi)
     for name, examples, cut in examples_to_ask(splits, template, answers, tokenizer, limit):
         if cut:
             print(f"{name}: {cut} texts cut to {limit} tokens")
@@ -272,11 +282,13 @@ def table_command(args, model, tokenizer, phi, info, splits):
         if phi is not None and (warning := window_warning(model.config, len(phi), longest)):
             print(f"{name}: {warning}")
         common = (model, tokenizer, examples, labels, generic)
-        before[name] = measure(*common, batch_size=args.batch_size)
+        before[name] = measure(*common, batch_size=args.batch_size, generate=generate)
         if leaves_out(name, before):
             del before[name]
         elif phi is not None:
-            after[name] = measure(*common, phi, batch_size=args.batch_size)
+            after[name] = measure(
+                *common, phi, batch_size=args.batch_size, generate=generate_with
+            )
     texts = held_out_texts(args, tokenizer, args.prompt or [], limit)
     texts = texts_elsewhere(args.model, tokenizer, limit, texts)
     elsewhere = measure_elsewhere(model, tokenizer, texts, phi, args.model, args.batch_size)

@@ -27,10 +27,10 @@ import torch
 from tqdm import tqdm
 
 from data import collate, common_prefix, read_rows
-from eval import label_set, measure
+from eval import generator, label_set, measure
 from spul import Objective, SoftPrompt, Teacher, answer_loss, kl_loss, save_prompt, token_losses
 from support.after import check_template, read_earlier
-from support.asking import training_examples
+from support.asking import spread, training_examples
 from support.batches import Batches
 from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
@@ -40,7 +40,7 @@ from support.general import make_general
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
 from support.options import parse
-from support.plan import DEMO_PLAN, print_plan
+from support.plan import DEMO_PLAN, print_plan, print_time
 from support.processes import any_process, join_group, of_all_processes, own_share, ranks, say
 from support.processes import shard, sum_over_processes
 from support.rows import check_rows
@@ -281,6 +281,7 @@ class Job:
     written: dict  # rows of the splits that the model wrote or labelled, kept beside the prompt
     general: object = None  # a support.general.General, unless gamma is 0
     read: object = None  # see `fit`
+    reading: float = 0.0  # seconds that the model takes to read a token
 
 
 def read_data(args):
@@ -312,15 +313,13 @@ def prepare(args, splits, mode, change=None):
     written = own_retain(args, splits, model, tokenizer, base_sha256)
     splits |= written
     limit = row_limit(args, args.num_tokens + args.earlier.q)
-    measured = {}
-    cut = 0
-    asked_in = splits, args.template, args.generic
-    for name, found, n in examples_to_ask(*asked_in, tokenizer, limit):
-        measured[name] = found
-        cut += n if name in ("train forget", "train retain") else 0
+    most = args.measure_rows or math.inf
+    some = {name: spread(rows, most) for name, rows in splits.items()}
+    to_ask = examples_to_ask(some, args.template, args.generic, tokenizer, limit)
+    measured = {name: found for name, found, _ in to_ask}
     retain = splits["train retain"] + args.earlier.kept(args.seed)
     rows = splits["train forget"], retain
-    examples, ways = training_examples(args, *rows, model, tokenizer, limit)
+    examples, ways, cut = training_examples(args, *rows, model, tokenizer, limit)
 
     data = [examples, asked if written else None]
     data += [args.earlier.phi.tolist()] if args.after else []
@@ -373,6 +372,7 @@ def make_prompt(args, model):
 def measure_splits(job, phi=None, known=None):
     """{split: what is measured}, with the prompt phi, if given. known: {split: answer_hidden}."""
     results = {}
+    generate = generator(job.model, phi)
     for name, examples in job.measured.items():
         results[name] = measure(
             job.model,
@@ -383,6 +383,7 @@ def measure_splits(job, phi=None, known=None):
             phi,
             hidden=(known or {}).get(name),
             batch_size=job.args.read_batch_size,
+            generate=generate,
         )
     return results
 
@@ -396,12 +397,17 @@ def measure_before(job):
     earlier = args.earlier.phi
     shift = job.objective.kl_shift
     teacher = Teacher(job.model, job.examples, shift, args.read_batch_size, earlier)
+    start = len(job.rows["train forget"])
+    retain = range(start, start + len(job.rows["train retain"]))
+    also_measured = spread(retain, len(job.measured["train retain"]))
+    began = time.perf_counter()
+    teacher.learn(also_measured)
+    teacher.of(also_measured).sum().item()  # waits for a GPU
+    tokens = sum(len(job.examples[i].ids) for i in also_measured)
+    job.reading = (time.perf_counter() - began) / tokens
     known = {}
-    if shift == 0:  # the rows of the first way are measured, too
-        first = range(len(job.examples) // job.ways)
-        teacher.learn(first)
-        outputs = [teacher.outputs[i] for i in first if i in teacher.outputs]
-        known["train retain"] = outputs[: len(job.measured["train retain"])]
+    if shift == 0:
+        known["train retain"] = [teacher.outputs[i] for i in also_measured]
     before = measure_splits(job, earlier, known)
     for name in [name for name in before if leaves_out(name, before)]:
         del before[name], job.measured[name]
@@ -478,7 +484,10 @@ def main(argv=None, change=None):
         return
     job = prepare(args, splits, mode, change)
     print_plan(job)
+    began = time.perf_counter()
     before, teacher = measure_before(job)
+    done = read_run(run_folder(args.out))[0] if mode == "resume" else 0
+    print_time(job, len(job.batches) - done, time.perf_counter() - began)
     if is_first and mode == "new":
         clear_run(args)  # after all input is checked, and all processes have seen it
         keep_rows(args.out, job.written)

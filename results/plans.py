@@ -517,7 +517,7 @@ class Plan:
         """A prompt with train.py's defaults, but for these options."""
         made = self.work / name
         train = [*program, "--model", self.known, *self.data(*SPLITS), *self.dtype, *options]
-        train += ["--resume", "--out", made]
+        train += ["--measure-rows", 0, "--resume", "--out", made]
         return self.run(method, name, train, learned=made, found=self.runs / name / "spul.json")
 
     def ablation(self, method, *options):

@@ -137,20 +137,23 @@ class Way(NamedTuple):
 
 
 def training_examples(args, forget, retain, model, tokenizer, limit):
-    """The rows to train on, asked in each way -> Examples, and the number of ways."""
+    """The rows to train on, asked in each way -> Examples, the number of ways, and how many texts
+    were cut in the first of them.
+    """
     is_understood = understanding(
         model, tokenizer, args.template, retain, limit, args.read_batch_size
     )
     ways = training_ways(args, forget, retain, is_understood)
-    examples = []
+    made = []  # an Example and whether its text was cut
     for way in ways:
         rng = random.Random(f"generic {args.seed}")  # a row has the same answer in all ways
         for row, template in zip(way.forget, itertools.cycle(way.templates)):
             answer = rng.choice(args.generic)
-            examples.append(make_example(row, tokenizer, template, limit, True, answer)[0])
+            made.append(make_example(row, tokenizer, template, limit, True, answer))
         for row, template in zip(way.retain, itertools.cycle(way.templates)):
-            examples.append(make_example(row, tokenizer, template, limit)[0])
-    return examples, len(ways)
+            made.append(make_example(row, tokenizer, template, limit))
+    cut = sum(was_cut for _, was_cut in made[: len(forget) + len(retain)])
+    return [example for example, _ in made], len(ways), cut
 
 
 def training_ways(args, forget, retain, is_understood):
@@ -251,8 +254,9 @@ def after_another(rows, others, rng, generic=None):
 
 
 def spread(rows, n):
-    """At most n of the rows, from all over the file."""
-    return rows[:: max(1, len(rows) // n)][:n]
+    """At most n of the rows, evenly from all over the file."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def later(rows, turns):

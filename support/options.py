@@ -24,6 +24,7 @@ PAPER = {
     "rewordings": 0,
     "single": True,
     "max_length": 1024,
+    "measure_rows": 0,
 }
 
 
@@ -75,6 +76,9 @@ def make_parser(description=""):
         help="forget rows in every batch; share: all rows once an epoch, and each batch has its "
         "share of both sides; loss (default): the same, but after the first epoch rows not yet "
         "learned come more often and count less; natural (paper): all rows once, as they come")
+    add("--measure-rows", type=number(int, 0), default=300, metavar="N",
+        help="rows of each split that are measured, at most, evenly from the file (default 300; 0, "
+        "paper: all). eval.py measures all")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of all random choices (default 0)")
     add("--out", type=non_empty, metavar="DIR",

@@ -8,6 +8,8 @@ from support.hardware import step_memory, window_warning
 from support.processes import gather_full, ranks, say
 
 
+STEP = 3  # tokens read in the time that a step takes for one: forward and backward, fewer rows
+
 DEMO_PLAN = (
     "No --model: this is the bundled demo, a tiny model that knows film reviews, science and some "
     "made-up authors.\nIt is asked to forget the authors."
@@ -81,6 +83,26 @@ def plan_lines(job):
         f"{where}, {steps} steps in {args.epochs} epochs, lr {args.lr:g}, {loss}, "
         f"seed {args.seed} -> {args.out}"
     )
+
+
+def print_time(job, steps, measuring):
+    """Say how long the run will take: so many steps, and measuring after them, in seconds."""
+    tokens = job.args.batch_size * mean_length(job.examples)
+    if job.general:
+        tokens += job.general.per_batch * mean_length(job.general.own + job.general.plain)
+    training = steps * tokens * STEP * job.reading
+    say(
+        f"{'time':8} about {shown_time(training + measuring)}: {shown_time(training)} for {steps} "
+        f"steps, {shown_time(measuring)} to measure after them"
+    )
+
+
+def mean_length(examples):
+    return sum(len(e.ids) for e in examples) / len(examples)
+
+
+def shown_time(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def count(module):

@@ -1,5 +1,6 @@
 """train.py and eval.py as a user runs them."""
 
+import argparse
 import json
 import math
 import re
@@ -15,12 +16,12 @@ from safetensors.torch import load_file, save_file
 import eval as evaluate
 import spul
 import train
-from data import TEMPLATES, Row, answer_ids, read_rows
+from data import TEMPLATES, Example, Row, answer_ids, read_rows
 from eval import label_set
 from model import Llama
 from spul import SoftPrompt
-from support import hardware
-from support.files import write_whole
+from support import hardware, plan
+from support.files import read_text, write_whole
 from support.identity import fingerprint
 from support.options import PAPER, parse
 from support.state import PROMPT_FILES, STATE, read_run
@@ -51,6 +52,7 @@ def test_the_run_says_its_numbers_first_and_shows_the_table_last(folder, files, 
         "12 to forget, 40 to keep",
         "float32 on cpu, 14 steps",
         "alpha 3.0, beta 0.5, kl_position aligned",
+        "time     about",
         "train forget",
         "test retain",
         "without the prompt all of it is back",
@@ -61,6 +63,42 @@ def test_the_run_says_its_numbers_first_and_shows_the_table_last(folder, files, 
     assert re.search(r"^test retain .* -> ", done.stdout, re.M)
     for term in ("loss", "loss_f", "loss_r", "loss_kl"):
         assert term in done.stderr
+
+
+def test_the_time_is_that_of_the_steps_left_and_of_measuring(capsys):
+    rows = [Example(tuple(range(n)), 1, "", False) for n in (10, 20, 30, 40)]
+    texts = [Example(tuple(range(n)), 1, "", False) for n in (50, 70)]
+    args = argparse.Namespace(batch_size=8)
+    general = argparse.Namespace(own=texts[:1], plain=texts[1:], per_batch=2)
+    job = argparse.Namespace(args=args, examples=rows, general=general, reading=0.001)
+    plan.print_time(job, 100, 30)
+    seconds = 100 * (8 * 25 + 2 * 60) * plan.STEP * 0.001  # 96
+    assert capsys.readouterr().out == (
+        f"time     about {(seconds + 30) / 60:.0f} minutes: {seconds:.0f} s for 100 steps, 30 s to "
+        "measure after them\n"
+    )
+    job.general = None
+    plan.print_time(job, 10, 2)
+    assert "about 8 s: 6 s for 10 steps, 2 s to" in capsys.readouterr().out
+
+
+def test_at_most_so_many_rows_of_each_split_are_measured(folder, files, trained, tmp_path):
+    out = tmp_path / "p"
+    more = ["--measure-rows", 10]
+    assert call(train, *train_args(folder, files, out, *more, tests=True)) == 0
+    assert torch.equal(phi_of(out), phi_of(trained))
+    rows = {name: found["rows"] for name, found in results_of(out)["with"].items()}
+    splits = ["train forget", "train retain", "test forget", "test retain"]
+    assert [rows[name] for name in splits] == [10, 10, 6, 9]
+    lines = read_text(files["retain"]).splitlines()
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(lines[i] + "\n" for i in range(0, 40, 4)))
+    args = ["--model", folder, "--prompt", out, "--retain", part, "--dtype", "fp32"]
+    assert call(evaluate, *args, "--json", tmp_path / "r.json") == 0
+    got = json.loads((tmp_path / "r.json").read_text())
+    for side in ("without", "with"):
+        found = results_of(out)[side]["train retain"]
+        assert found == pytest.approx(got[side]["train retain"], rel=1e-4)
 
 
 def test_the_prompt_folder_says_what_it_is(folder, trained, files):
@@ -174,6 +212,7 @@ def test_paper_is_the_papers_setting_as_a_whole():
         "rewordings": 0,
         "single": True,
         "max_length": 1024,
+        "measure_rows": 0,  # all
         "generic": ["neutral", "unknown"],
     }
     assert {name: values[name] for name in written_out} == written_out
@@ -198,6 +237,7 @@ def test_without_paper_weights_rate_and_batches_are_not_the_papers():
     other = vars(parse(["--paper", *common])[0])
     different = {name for name in one if one[name] != other[name]}
     different -= {"paper", "rewordings", "single", "forget_per_batch"}
+    different -= {"measure_rows"}
     assert different == {"alpha", "gamma", "generic", "lr", "epochs", "batch_size"}
 
 
