@@ -9,7 +9,8 @@ model that has never seen the forget rows, which the others are to be compared w
 sentences follows.
 
 --json keeps what has been measured after each part. What it holds is not measured again, so a run
-that was stopped goes on.
+that was stopped goes on. Of a second prompt for the same rows, --known takes what does not depend
+on it from the first one's file.
 
 What is measured, and by which method, is in extras/probes.py.
 """
@@ -253,6 +254,9 @@ def read_args(argv):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (default 0)")
     add("--json", type=non_empty, metavar="FILE",
         help="keep all results in this file, after each part, and go on from it")
+    add("--known", type=non_empty, metavar="FILE",
+        help="a --json of another prompt: what it has of the model before, and of --retrained, is "
+        "not measured again")
     args = parser.parse_args(argv)
     if use_demo(args) and not args.prompt:
         args.prompt = str(DEMO / "prompt")
@@ -335,6 +339,29 @@ def describe(args, candidate, base_sha256, rows, unrelated):
         "max_length": args.max_length,
         "seed": args.seed,
     }
+
+
+def known_columns(file, inputs):
+    """What another prompt's --json has of the same models and rows, {column: {part: ...}}.
+
+    Raises ValueError if its inputs differ in more than the prompt.
+    """
+    other = read_json(file)
+    theirs = other.get("inputs")
+    if not isinstance(theirs, dict) or not isinstance(other.get("found"), dict):
+        raise ValueError(f"--known {file}: not a --json of this command")
+    ignored = ("prompt", "retrained")
+    differs = [key for key in inputs if key not in ignored and theirs.get(key) != inputs[key]]
+    if differs:
+        raise ValueError(f"--known {file}: measured with another {', '.join(differs)}")
+    columns = ["before"]
+    if inputs["retrained"] and theirs.get("retrained") == inputs["retrained"]:
+        columns.append("retrained")
+    known = {}
+    for name in columns:
+        parts = other["found"].get(name, {})
+        known[name] = {part: lines for part, lines in parts.items() if part != "cost"}
+    return known  # without the time it took then, which is compared side by side
 
 
 def digest(splits):
@@ -445,6 +472,9 @@ def main(argv=None):
     inputs = describe(args, candidate, base_sha256, rows, unrelated)
     check_same_inputs(args, earlier, inputs)
     found = earlier.get("found", {})
+    if args.known:
+        for column, parts in known_columns(args.known, inputs).items():
+            found[column] = parts | found.get(column, {})
 
     def save():
         if args.json:

@@ -422,6 +422,43 @@ def test_the_summary_names_the_worst_and_does_not_praise_what_has_not_forgotten(
     assert "ely on it" not in assess.summary(rows(0.1)[1:], True)
 
 
+def test_of_a_second_prompt_the_other_columns_are_taken_as_they_are(
+    assessed, folder, tmp_path, monkeypatch, capsys
+):
+    args, full, out = assessed
+    files = {name: out / f"{name}.jsonl" for name in ("forget", "retain")}
+    assert call(train, *train_args(folder, files, tmp_path / "p"), "--seed", 5) == 0
+    second = [tmp_path / "p" if a == out / "p" else a for a in full]
+    asked = []
+    for name in ("removed", "utility", "cost"):
+        part = probes.PARTS[name]
+        monkeypatch.setitem(
+            probes.PARTS,
+            name,
+            lambda s, c, name=name, part=part: asked.append((s.name, name)) or part(s, c),
+        )
+    known = ["--known", out / "a.json"]
+    for name in ("removed", "cost"):
+        assert call(assess, *second, *known, "--only", name, "--json", tmp_path / "b.json") == 0
+    first, other = (json.loads(f.read_text()) for f in (out / "a.json", tmp_path / "b.json"))
+    times = [("before", "cost"), ("with", "cost"), ("retrained", "cost")]  # side by side
+    assert asked == [("with", "removed"), *times]
+    for column in ("before", "retrained"):
+        assert other["found"][column]["removed"] == first["found"][column]["removed"]
+    assert other["inputs"]["prompt"] != first["inputs"]["prompt"]
+
+    assert call(assess, *second, *known, "--rows", 21) == 2
+    assert "a.json: measured with another rows" in capsys.readouterr().err
+    (tmp_path / "c.json").write_text("{}")
+    assert call(assess, *second, "--known", tmp_path / "c.json") == 2
+    assert "c.json: not a --json of this command" in capsys.readouterr().err
+    asked.clear()
+    alone = [a for i, a in enumerate(second) if "--retrained" not in second[max(0, i - 1) : i + 1]]
+    assert call(assess, *alone, *known, "--only", "utility", "--json", tmp_path / "d.json") == 0
+    assert asked == [("with", "utility")]
+    assert "retrained" not in json.loads((tmp_path / "d.json").read_text())["found"]
+
+
 def test_a_baselines_model_is_assessed_in_place_of_a_prompt(assessed, tmp_path, capsys):
     args, _, out = assessed
     (out / "other" / "run.json").write_text(
