@@ -274,6 +274,7 @@ class Batch:
 
     shared_ids: tuple  # ids that every row begins with, left out of tokens: computed once for all
     tokens: torch.Tensor  # (B, T), the rest of each row
+    lengths: tuple  # of the rows in tokens, without padding
     is_text: torch.Tensor  # (B, T), True where they are the row's own text
     rows: torch.Tensor  # (N,), the row of each answer token
     columns: torch.Tensor  # (N,), the column of tokens whose output predicts it: one before its own
@@ -314,6 +315,7 @@ def collate(examples, device="cpu", shared_ids=(), keep_last=False, weights=None
     return Batch(
         shared_ids=shared_ids,
         tokens=tokens.to(device),
+        lengths=tuple(map(len, texts)),
         is_text=is_text.to(device),
         rows=rows,
         columns=columns,

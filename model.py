@@ -527,12 +527,13 @@ class Llama(nn.Module):
         """tokens (B, T) -> final-norm outputs (B, T, d), after the prompt if `prefix` is given."""
         return self.run(self.embed(tokens), prefix)[0]
 
-    def prompted(self, tokens, phi=None, shared_ids=(), general=None):
+    def prompted(self, tokens, phi=None, shared_ids=(), general=None, lengths=None):
         """tokens (B, T), or their embeddings (B, T, d) -> final-norm outputs (B, T, d), after phi.
 
         general: tokens (B', T') of other texts, which come after phi without shared_ids. If they
         are given, their outputs (B', T', d) are returned, too. All rows share phi's keys and
-        values. For training, where phi is another at each step.
+        values. For training, where phi is another at each step. lengths: how many tokens of each
+        row of tokens, and of general, are no padding; fast.py leaves the rest out.
         """
         x = tokens if tokens.is_floating_point() else self.embed(tokens)  # (B, T, d)
         past = self.prefix(phi, shared_ids)

@@ -88,9 +88,10 @@ def losses(model, prompt, batch, teacher, objective=Objective(), read=None, keep
     inputs = read(batch, phi.detach()) if read else batch.tokens  # (B, T), or (B, T, d)
     if keep:
         texts = keep.batch
-        h, h_texts = model.prompted(inputs, phi, batch.shared_ids, texts.tokens)  # (B, T, d) each
+        lengths = batch.lengths, texts.lengths
+        h, h_texts = model.prompted(inputs, phi, batch.shared_ids, texts.tokens, lengths)
     else:
-        h = model.prompted(inputs, phi, batch.shared_ids)  # (B, T, d)
+        h = model.prompted(inputs, phi, batch.shared_ids, lengths=[batch.lengths])  # (B, T, d)
     logits = model.head(h[batch.rows, batch.columns])  # (N, V), row i predicts batch.targets[i]
     of_tokens = token_losses(logits, batch.targets)  # (N,)
 

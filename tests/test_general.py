@@ -77,9 +77,12 @@ def test_l_keep_is_the_divergence_of_every_token_of_a_text_with_phi_before_it(ki
     torch.testing.assert_close(got["loss"], alone["loss"] + 0.7 * by_hand, atol=1e-4, rtol=1e-4)
 
 
+ROW_LENGTHS = ((6, 2, 5), (1, 5))  # of rows of 6 tokens, and of texts of 5
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_and_fast_forward_agree_with_general_text(shape):
-    """With ids that all rows share, and the texts do not have."""
+    """With ids that all rows share, and the texts do not have; whole, and with padding left out."""
     found = []
     for kind in BOTH.args[1]:
         llama = tiny(kind=kind, **SHAPES[shape])
@@ -87,11 +90,19 @@ def test_plain_and_fast_forward_agree_with_general_text(shape):
         rows = torch.tensor([e.ids[:6] for e in small_batch(0, 3)])
         texts = torch.tensor([e.ids[:5] for e in small_batch(0, 2, seed=3)])
         outputs = llama.prompted(rows, phi, (7, 8, 9), texts)
+        cut = llama.prompted(rows, phi, (7, 8, 9), texts, ROW_LENGTHS)
+        for got, expected, lengths in zip(cut, outputs, ROW_LENGTHS, strict=True):
+            for row, n in enumerate(lengths):
+                torch.testing.assert_close(got[row, :n], expected[row, :n], atol=1e-5, rtol=1e-4)
         alone = llama.prompted(rows, phi, (7, 8, 9)), llama.prompted(texts, phi)
         for got, expected in zip(outputs, alone, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-        sum(h.square().sum() for h in outputs).backward()
-        found.append((*outputs, phi.grad))
+        whole = []
+        for h, lengths in zip(cut, ROW_LENGTHS):
+            padding = torch.arange(h.shape[1]) >= torch.tensor(lengths)[:, None]
+            whole.append(h.masked_fill(padding[..., None], 0))
+        sum(h.square().sum() for h in (*outputs, *whole)).backward()
+        found.append((*outputs, *whole, phi.grad))
     for plain, quick in zip(*found, strict=True):
         scale = plain.abs().max().item()
         torch.testing.assert_close(quick, plain, atol=2e-4 * scale, rtol=1e-3)
