@@ -93,11 +93,8 @@ LEFT_OUT = (  # or changed, one at a time: what the study's line says, its name 
     ("one way to ask", "one-way", "--rewordings", 0, "--single"),
     ("all rows once an epoch", "once", "--forget-per-batch", "share"),
     ("batches as rows come", "natural", "--forget-per-batch", "natural"),
-    ("two generic answers", "two-answers", "--generic", "neutral,unknown"),
-    ("free vectors", "free", "--encoder-hidden", 0),
     ("p 4", "p-4", "--num-tokens", 4),
     ("p 10", "p-10", "--num-tokens", 10),
-    ("the paper's alpha", "alpha-1", "--alpha", 1),
 )
 LAYERS = (10, 20, 60)  # besides SmolLM2-135M's 30
 CHEMISTRY = (
