@@ -70,9 +70,9 @@ def test_the_time_is_that_of_the_steps_left_and_of_measuring(capsys):
     texts = [Example(tuple(range(n)), 1, "", False) for n in (50, 70)]
     args = argparse.Namespace(batch_size=8)
     general = argparse.Namespace(own=texts[:1], plain=texts[1:], per_batch=2)
-    job = argparse.Namespace(args=args, examples=rows, general=general, reading=0.001)
+    job = argparse.Namespace(args=args, examples=rows, general=general, reading=0.0007)
     plan.print_time(job, 100, 30)
-    seconds = 100 * (8 * 25 + 2 * 60) * plan.STEP * 0.001  # 96
+    seconds = 100 * (8 * 25 + 2 * 60) * plan.STEP * 0.0007  # 90
     assert capsys.readouterr().out == (
         f"time     about {(seconds + 30) / 60:.0f} minutes: {seconds:.0f} s for 100 steps, 30 s to "
         "measure after them\n"
