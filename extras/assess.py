@@ -353,7 +353,7 @@ def known_columns(file, inputs):
     ignored = ("prompt", "retrained")
     differs = [key for key in inputs if key not in ignored and theirs.get(key) != inputs[key]]
     if differs:
-        raise ValueError(f"--known {file}: measured with another {', '.join(differs)}")
+        raise ValueError(f"--known {file}: measured with other values of: {', '.join(differs)}")
     columns = ["before"]
     if inputs["retrained"] and theirs.get("retrained") == inputs["retrained"]:
         columns.append("retrained")

@@ -448,7 +448,7 @@ def test_of_a_second_prompt_the_other_columns_are_taken_as_they_are(
     assert other["inputs"]["prompt"] != first["inputs"]["prompt"]
 
     assert call(assess, *second, *known, "--rows", 21) == 2
-    assert "a.json: measured with another rows" in capsys.readouterr().err
+    assert "a.json: measured with other values of: rows\n" in capsys.readouterr().err
     (tmp_path / "c.json").write_text("{}")
     assert call(assess, *second, "--known", tmp_path / "c.json") == 2
     assert "c.json: not a --json of this command" in capsys.readouterr().err
