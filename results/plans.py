@@ -496,19 +496,24 @@ class Plan:
         before = ["--paper", "--lr", SPUL_RATE, *self.batch()]
         runs = [self.default("defaults", f"default-{seed}", "--seed", seed) for seed in (0, 1, 2)]
         runs.append(self.default("before: the paper's, at a higher rate", "before", *before))
-        for method, name, *options in LEFT_OUT:
-            method = f"{SHORT} epochs, {method}"
-            program = ["results/starts.py", name] if name in STARTS else ["train.py"]
-            options = ["--epochs", SHORT, *options]
-            runs.append(self.default(method, name, *options, program=program))
-        yield runs
+        yield runs + [self.changed(*line) for line in LEFT_OUT]
 
     def elsewhere_sst2(self):
         """The defaults on more rows."""
         yield [self.memorised()]
         yield [self.default("defaults", "default-0")]
 
-    elsewhere_sciq = elsewhere_sst2
+    def elsewhere_sciq(self):
+        """The defaults, and where the prompt starts."""
+        yield [self.memorised()]
+        of_starts = [line for line in LEFT_OUT if line[1] in ("short", *STARTS)]
+        yield [self.default("defaults", "default-0"), *(self.changed(*line) for line in of_starts)]
+
+    def changed(self, method, name, *options):
+        """A line of LEFT_OUT."""
+        program = ["results/starts.py", name] if name in STARTS else ["train.py"]
+        options = ["--epochs", SHORT, *options]
+        return self.default(f"{SHORT} epochs, {method}", name, *options, program=program)
 
     def default(self, method, name, *options, program=("train.py",)):
         """A prompt with train.py's defaults, but for these options."""
