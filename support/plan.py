@@ -10,7 +10,7 @@ from support.hardware import step_memory, window_warning
 from support.processes import gather_full, ranks, say
 
 
-STEP = 4  # tokens read in the time that a step takes for one: forward and backward, fewer rows
+STEP = 5  # tokens read in the time that a step takes for one: forward and backward, fewer rows
 
 DEMO_PLAN = (
     "No --model: this is the bundled demo, a tiny model that knows film reviews, science and some "
