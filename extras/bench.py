@@ -4,7 +4,8 @@
 
 Without arguments it takes the bundled demo model and its rows. All that is compared takes turns in
 one run, and each figure is the median of the rounds. The step of fast.py is measured, and as one
-more line that of model.py, on the same weights; with --plain only the latter.
+more line that of model.py, on the same weights; with --plain only the latter. "and L_keep" are
+steps that also read general text, one of 96 tokens for every 8 rows, as train.py's do.
 
 The columns of a training step:
 
@@ -15,7 +16,7 @@ The columns of a training step:
     loss       of the first step, from the same prompt on every line with the same p
     ratio      examples/s over those of "spul, p = 30"
 
-Tokens that a step shares or leaves out count, because any way of computing the same step has to
+Tokens of general text count, too. Tokens that a step shares or leaves out count, because any way of computing the same step has to
 account for them. "computed" says how many a row have really passed through the layers.
 
 Letters: B rows, T tokens, p prompt tokens, d width, V vocabulary, n answer tokens of a row, N of a
@@ -41,6 +42,7 @@ from fast import FastLlama
 from model import Config, Llama
 from spul import Objective, SoftPrompt, Teacher, answer_loss, kl_loss, token_losses
 from support.batches import epoch_batches
+from support.general import LONGEST, General
 from support.templates import read_template
 from support.cli import DEMO, Parser, add_layer_options, add_options, non_empty, number, run
 from support.files import check_json_path, write_json
@@ -89,6 +91,7 @@ SHAPES = {
 PROMPT_SIZES = (10, 30, 50)
 MAIN = "spul, p = 30"  # the line that `ratio` refers to
 PLAIN = "spul, p = 30, plain forward"
+KEEP = ", and L_keep"
 LR = 3e-3
 NEW_TOKENS = 32  # of a generated text
 QUERIES = 8  # asked one at a time
@@ -222,10 +225,22 @@ def take_turns(works, rounds, device):
 # -------------------------------------------------------------------------------- a training step
 
 
-def our_step(model, examples, p, teacher):
+def general_texts(model, examples, batch_size):
+    """A General of texts as long as train.py cuts them to, made of the rows' tokens."""
+    ids = [i for e in examples for i in e.ids]
+    n = max(1, batch_size // 8)
+    ids = ids * (1 + n * LONGEST // len(ids))
+    cuts = [tuple(ids[i * LONGEST : (i + 1) * LONGEST]) for i in range(n)]
+    texts = [Example(cut, LONGEST - 1, "", False) for cut in cuts]
+    general = General(own=texts, plain=[], held_out={}, seed=0, per_batch=n)
+    general.compute_teacher(model, batch_size)
+    return general
+
+
+def our_step(model, examples, p, teacher, general=None):
     """-> step(indices), which trains a prompt of p vectors on a batch and returns its loss.
 
-    teacher: a Teacher that has read the examples.
+    teacher: a Teacher that has read the examples. general: a General, for L_keep.
     """
     torch.manual_seed(0)
     prompt = SoftPrompt(p, model.config.hidden_size).to(model.device)
@@ -235,7 +250,8 @@ def our_step(model, examples, p, teacher):
     def step(indices):
         batch = collate([examples[i] for i in indices], model.device, shared_ids)
         known = teacher.of(indices)  # (N_r, d)
-        return train_step(model, prompt, optimizer, batch, known)["loss"]
+        keep = general.draw(0, model.device) if general else None
+        return train_step(model, prompt, optimizer, batch, known, keep=keep)["loss"]
 
     return step
 
@@ -277,29 +293,38 @@ def peft_prompt(base, p, device):
     return wrapped, encoder
 
 
-def their_step(model, examples, p, teacher, checkpointing):
-    """As our_step, on transformers and peft: the prompt is in every row, and logits everywhere."""
+def their_step(model, examples, p, teacher, checkpointing, general=None):
+    """As our_step, on transformers and peft: the prompt is in every row, and logits everywhere.
+
+    General text goes through on its own, as it is longer than most rows.
+    """
     base = transformers_model(model)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped, encoder = peft_prompt(base, p, model.device)
     optimizer = make_optimizer(encoder, LR)
 
-    def step(indices):
-        rows = [examples[i] for i in indices]
-        batch = collate(rows, model.device, keep_last=True)
-        mask = torch.zeros_like(batch.tokens)  # (B, T)
-        for i, e in enumerate(rows):
-            mask[i, : len(e.ids)] = 1
+    def logits_of(batch):
+        places = torch.arange(batch.tokens.shape[1])  # (T,)
+        mask = (places < torch.tensor(batch.lengths)[:, None]).long().to(model.device)  # (B, T)
         output = wrapped(input_ids=batch.tokens, attention_mask=mask, use_cache=False)
-        logits = output.logits[batch.rows, p + batch.columns]  # (N, V), of (B, p + T, V)
+        return output.logits[batch.rows, p + batch.columns]  # (N, V), of (B, p + T, V)
+
+    def loss_keep():
+        keep = general.draw(0, model.device)
+        return kl_loss(logits_of(keep.batch), base.lm_head(keep.teacher), keep.tokens)
+
+    def step(indices):
+        batch = collate([examples[i] for i in indices], model.device, keep_last=True)
+        logits = logits_of(batch)
         teacher_logits = base.lm_head(teacher.of(indices))  # (N_r, V)
         retain = ~batch.forget  # (N,)
         of_tokens = token_losses(logits, batch.targets)  # (N,)
         loss_f = answer_loss(of_tokens[batch.forget], batch.n_f)
         loss_r = answer_loss(of_tokens[retain], batch.n_r)
         loss_kl = kl_loss(logits[retain], teacher_logits, batch.n_r)
-        loss = Objective().total(loss_f, loss_r, loss_kl)
+        kept = loss_keep() if general else 0.0
+        loss = Objective().total(loss_f, loss_r, loss_kl, kept)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), CLIP)
@@ -311,18 +336,21 @@ def their_step(model, examples, p, teacher, checkpointing):
 
 def training_steps(model, examples, args, peers):
     """{name: step(indices)} of all that is compared. peers: with transformers and peft."""
+    general = general_texts(model, examples, args.batch_size)
     teacher = Teacher(model, examples, batch_size=args.batch_size)
     teacher.learn(range(len(examples)))
     steps = {}
     for p in PROMPT_SIZES:
         steps[f"spul, p = {p}"] = our_step(model, examples, p, teacher)
+    steps[MAIN + KEEP] = our_step(model, examples, 30, teacher, general)
     if isinstance(model, FastLlama):
         steps[PLAIN] = our_step(plain_model(model, args), examples, 30, teacher)
     if peers:
-        without = their_step(model, examples, 30, teacher, checkpointing=False)
-        steps["transformers + peft, p = 30"] = without
+        theirs = "transformers + peft, p = 30"
+        steps[theirs] = their_step(model, examples, 30, teacher, checkpointing=False)
         checkpointed = their_step(model, examples, 30, teacher, checkpointing=True)
         steps["   with checkpointing (the paper's)"] = checkpointed
+        steps[theirs + KEEP] = their_step(model, examples, 30, teacher, False, general)
     return steps
 
 
@@ -347,12 +375,14 @@ def measure_training(model, examples, batches, args, peers):
     peak = 5 * 2 * size**3 / times.pop("peak")
 
     rows = [examples[i] for indices in batches for i in indices]
-    tokens = sum(len(e.ids) for e in rows)
-    flops = step_flops(model, tokens, sum(e.n for e in rows))
+    texts = max(1, args.batch_size // 8) * len(batches)
     base = times[MAIN]
     table = {}
     for name, t in times.items():
         growth, loss = growths[name]
+        of_texts = texts if KEEP in name else 0
+        tokens = sum(len(e.ids) for e in rows) + of_texts * LONGEST
+        flops = step_flops(model, tokens, sum(e.n for e in rows) + of_texts * (LONGEST - 1))
         table[name] = {
             "examples/s": len(rows) / t,
             "tokens/s": tokens / t,
