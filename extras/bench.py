@@ -16,8 +16,9 @@ The columns of a training step:
     loss       of the first step, from the same prompt on every line with the same p
     ratio      examples/s over those of "spul, p = 30"
 
-Tokens of general text count, too. Tokens that a step shares or leaves out count, because any way of computing the same step has to
-account for them. "computed" says how many a row have really passed through the layers.
+Tokens that a step shares or leaves out count, because any way of computing the same step has to
+account for them. "computed" says how many a row have really passed through the layers. With L_keep
+tokens/s counts those of general text, too.
 
 Letters: B rows, T tokens, p prompt tokens, d width, V vocabulary, n answer tokens of a row, N of a
 batch, N_r of them in retain rows.
