@@ -496,7 +496,7 @@ class Plan:
         before = ["--paper", "--lr", SPUL_RATE, *self.batch()]
         runs = [self.default("defaults", f"default-{seed}", "--seed", seed) for seed in (0, 1, 2)]
         runs.append(self.default("before: the paper's, at a higher rate", "before", *before))
-        yield runs + [self.changed(*line) for line in LEFT_OUT]
+        yield [*runs, self.alone(), *(self.changed(*line) for line in LEFT_OUT)]
 
     def elsewhere_sst2(self):
         """The defaults on more rows."""
@@ -504,10 +504,18 @@ class Plan:
         yield [self.default("defaults", "default-0")]
 
     def elsewhere_sciq(self):
-        """The defaults, and where the prompt starts."""
+        """The defaults, from a forget file alone, and where the prompt starts."""
         yield [self.memorised()]
-        of_starts = [line for line in LEFT_OUT if line[1] in ("short", *STARTS)]
-        yield [self.default("defaults", "default-0"), *(self.changed(*line) for line in of_starts)]
+        of_starts = [self.changed(*line) for line in LEFT_OUT if line[1] in ("short", *STARTS)]
+        yield [self.default("defaults", "default-0"), self.alone(), *of_starts]
+
+    def alone(self):
+        """The defaults from a forget file alone, measured on real rows afterwards."""
+        made = self.work / "alone"
+        train = ["train.py", "--model", self.known, *self.data("forget"), *self.dtype]
+        measure = self.measure("alone", self.known, "--prompt", made)
+        train += ["--resume", "--out", made]
+        return self.run("--forget alone", "alone", train, measure, learned=made)
 
     def changed(self, method, name, *options):
         """A line of LEFT_OUT."""

@@ -206,7 +206,7 @@ def test_the_study_of_other_text_shows_what_a_prompt_changes_elsewhere(small_stu
     assert f"{result['kl']:.3f} ({result['sentence_kl']:.3f})" in table
     plan = study.plans.Plan("elsewhere", folder_of(args), tmp_path / "work", tmp_path)
     commands = [" ".join(map(str, run.commands[0])) for run in plan.groups()[1]]
-    assert len(set(commands)) == len(commands) == 13
+    assert len(set(commands)) == len(commands) == 14
     for run in plan.groups()[1]:
         words = [str(word) for word in run.commands[0]]
         parse(words[words.index("--model") :])
