@@ -115,7 +115,7 @@ class Objective:
     alpha: float = 3.0  # paper 1
     beta: float = 0.5  # paper
     kl_position: str = "aligned"
-    gamma: float = 16.0  # paper 0
+    gamma: float = 8.0  # paper 0
 
     def total(self, loss_f, loss_r, loss_kl, loss_keep=0.0):
         """L = L_f + alpha L_r + beta L_kl + gamma L_keep."""

@@ -465,7 +465,7 @@ def test_the_loss_is_the_weighted_sum():
 
 
 def test_the_default_weights_keep_more_than_the_papers():
-    assert Objective() == Objective(alpha=3.0, beta=0.5, kl_position="aligned", gamma=16.0)
+    assert Objective() == Objective(alpha=3.0, beta=0.5, kl_position="aligned", gamma=8.0)
 
 
 def test_losses_of_bf16_logits_are_computed_in_float32():

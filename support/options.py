@@ -41,7 +41,7 @@ def make_parser(description=""):
     add("--beta", type=number(float, 0), default=Objective.beta,
         help="weight of L_kl (default 0.5, paper)")
     add("--gamma", type=number(float, 0), default=Objective.gamma,
-        help="weight of L_keep (default 16); 0, paper: no such term, and other text changes")
+        help="weight of L_keep (default 8); 0, paper: no such term, and other text changes")
     add("--general", type=non_empty, metavar="FILE",
         help="general text for L_keep, rows of any kind (default: the model writes it itself)")
     add("--kl-position", choices=["aligned", "after-label"], default="aligned",
