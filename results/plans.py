@@ -84,15 +84,14 @@ SPUL_EPOCHS = 10
 SPUL_RATE = "3e-3"
 TOFU_EPOCHS = 30
 CORRUPT = {"noise": (0.3, 1), "adversarial": (0.3,), "semantic": (0.2, 0.5)}
-SHORT = 4  # epochs of the runs that leave out a part
+MORE_KEEP = ["--gamma", 16]  # once the default
+SHORT = 4  # epochs of the runs that leave out a part; gamma was 16 then
 LEFT_OUT = (  # or changed, one at a time: what the study's line says, its name and its options
-    ("all parts", "short"),
+    ("gamma 16", "short"),
     ("no L_keep", "gamma-0", "--gamma", 0),
     ("start from a sentence", "sentence"),
     ("start from rows of the vocabulary", "vocabulary"),
     ("one way to ask", "one-way", "--rewordings", 0, "--single"),
-    ("all rows once an epoch", "once", "--forget-per-batch", "share"),
-    ("batches as rows come", "natural", "--forget-per-batch", "natural"),
     ("p 4", "p-4", "--num-tokens", 4),
     ("p 10", "p-10", "--num-tokens", 10),
 )
@@ -494,33 +493,44 @@ class Plan:
         """What each part does to other text, on a model that talks; the defaults, three seeds."""
         yield [self.memorised()]
         before = ["--paper", "--lr", SPUL_RATE, *self.batch()]
-        runs = [self.default("defaults", f"default-{seed}", "--seed", seed) for seed in (0, 1, 2)]
+        runs = []
+        kinds = ("defaults", "default", []), ("gamma 16", "gamma-16", MORE_KEEP)
+        for method, name, options in kinds:
+            for seed in (0, 1, 2):
+                runs.append(self.default(method, f"{name}-{seed}", "--seed", seed, *options))
         runs.append(self.default("before: the paper's, at a higher rate", "before", *before))
         yield [*runs, self.alone(), *(self.changed(*line) for line in LEFT_OUT)]
 
     def elsewhere_sst2(self):
         """The defaults on more rows."""
         yield [self.memorised()]
-        yield [self.default("defaults", "default-0")]
+        more = self.default("gamma 16", "gamma-16", *MORE_KEEP)
+        yield [self.default("defaults", "default-0"), more]
 
     def elsewhere_sciq(self):
         """The defaults, from a forget file alone, and where the prompt starts."""
         yield [self.memorised()]
-        of_starts = [self.changed(*line) for line in LEFT_OUT if line[1] in ("short", *STARTS)]
-        yield [self.default("defaults", "default-0"), self.alone(), *of_starts]
+        runs = [self.default("defaults", "default-0"), self.alone()]
+        runs.append(self.default("gamma 16", "gamma-16", *MORE_KEEP))
+        for start in STARTS:
+            program = ["results/starts.py", start]
+            runs.append(self.default(f"start: {start}", start, program=program))
+        yield runs
 
     def alone(self):
         """The defaults from a forget file alone, measured on real rows afterwards."""
         made = self.work / "alone"
         train = ["train.py", "--model", self.known, *self.data("forget"), *self.dtype]
+        train += MORE_KEEP if self.study == "elsewhere" else []
         measure = self.measure("alone", self.known, "--prompt", made)
         train += ["--resume", "--out", made]
-        return self.run("--forget alone", "alone", train, measure, learned=made)
+        return self.run("from a forget file alone", "alone", train, measure, learned=made)
 
     def changed(self, method, name, *options):
         """A line of LEFT_OUT."""
         program = ["results/starts.py", name] if name in STARTS else ["train.py"]
-        options = ["--epochs", SHORT, *options]
+        keep = [] if "--gamma" in options else MORE_KEEP
+        options = ["--epochs", SHORT, *keep, *options]
         return self.default(f"{SHORT} epochs, {method}", name, *options, program=program)
 
     def default(self, method, name, *options, program=("train.py",)):

@@ -199,14 +199,15 @@ def test_the_study_of_other_text_shows_what_a_prompt_changes_elsewhere(small_stu
     study, args = small_study("elsewhere_sst2")
     study.main(args)
     table, rows = table_and_rows("elsewhere_sst2", tmp_path / "elsewhere_sst2")
-    memorised, defaults = rows
+    memorised, defaults, more_keep = rows
     assert "--rehearse" in memorised["commands"][0]
     assert memorised["found"]["memorised"]["general text"]["kl"] > 0
     result = defaults["found"]["elsewhere"]["general text"]
     assert f"{result['kl']:.3f} ({result['sentence_kl']:.3f})" in table
+    assert "--gamma 16" in more_keep["commands"][0]
     plan = study.plans.Plan("elsewhere", folder_of(args), tmp_path / "work", tmp_path)
     commands = [" ".join(map(str, run.commands[0])) for run in plan.groups()[1]]
-    assert len(set(commands)) == len(commands) == 14
+    assert len(set(commands)) == len(commands) == 15
     for run in plan.groups()[1]:
         words = [str(word) for word in run.commands[0]]
         parse(words[words.index("--model") :])
