@@ -109,7 +109,7 @@ def test_plain_and_fast_forward_agree_with_general_text(shape):
 
 
 def test_l_keep_counts_and_the_papers_setting_has_none():
-    assert Objective().total(2.0, 3.0, 4.0, 5.0) == 2.0 + 3 * 3.0 + 0.5 * 4.0 + 16 * 5.0
+    assert Objective().total(2.0, 3.0, 4.0, 5.0) == 2.0 + 3 * 3.0 + 0.5 * 4.0 + 8 * 5.0
     assert PAPER["gamma"] == 0
 
 
