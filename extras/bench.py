@@ -43,7 +43,7 @@ from fast import FastLlama
 from model import Config, Llama
 from spul import Objective, SoftPrompt, Teacher, answer_loss, kl_loss, token_losses
 from support.batches import epoch_batches
-from support.general import LONGEST, General
+from support.general import LONGEST, General, texts_of_step
 from support.templates import read_template
 from support.cli import DEMO, Parser, add_layer_options, add_options, non_empty, number, run
 from support.files import check_json_path, write_json
@@ -229,7 +229,7 @@ def take_turns(works, rounds, device):
 def general_texts(model, examples, batch_size):
     """A General of texts as long as train.py cuts them to, made of the rows' tokens."""
     ids = [i for e in examples for i in e.ids]
-    n = max(1, batch_size // 8)
+    n = texts_of_step(batch_size)
     ids = ids * (1 + n * LONGEST // len(ids))
     cuts = [tuple(ids[i * LONGEST : (i + 1) * LONGEST]) for i in range(n)]
     texts = [Example(cut, LONGEST - 1, "", False) for cut in cuts]
@@ -376,7 +376,7 @@ def measure_training(model, examples, batches, args, peers):
     peak = 5 * 2 * size**3 / times.pop("peak")
 
     rows = [examples[i] for indices in batches for i in indices]
-    texts = max(1, args.batch_size // 8) * len(batches)
+    texts = texts_of_step(args.batch_size) * len(batches)
     base = times[MAIN]
     table = {}
     for name, t in times.items():

@@ -4,6 +4,7 @@ With the options of train.py it learns a prompt. Before that one is measured, th
 50th step are, on train rows. The lines go into curve.json in the prompt's folder.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,17 +23,14 @@ def curve(job, kept):
     """[{"step", "seconds", "forget", "retain"}]: kept {step: phi (p, d)}."""
     log = (run_folder(job.args.out) / LOG).read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in log]
-    measured = {name: job.measured[name] for name in SIDES}
-    others = {name: rows for name, rows in job.measured.items() if name not in SIDES}
+    sides = dataclasses.replace(job, measured={name: job.measured[name] for name in SIDES})
     lines = []
     for step, phi in kept.items():
-        job.measured = measured
-        found = train.measure_splits(job, phi)
+        found = train.measure_splits(sides, phi)
         forget, retain = (round(100 * found[name]["accuracy"], 1) for name in SIDES)
         spent = round(sum(seconds[:step]))
         lines.append({"step": step, "seconds": spent, "forget": forget, "retain": retain})
         print(json.dumps(lines[-1]), flush=True)
-    job.measured = measured | others
     return lines
 
 

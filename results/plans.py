@@ -521,7 +521,7 @@ class Plan:
         """The defaults from a forget file alone, measured on real rows afterwards."""
         made = self.work / "alone"
         train = ["train.py", "--model", self.known, *self.data("forget"), *self.dtype]
-        train += MORE_KEEP if self.study == "elsewhere" else []
+        train += MORE_KEEP if self.study == "elsewhere" else []  # measured before gamma was 8
         measure = self.measure("alone", self.known, "--prompt", made)
         train += ["--resume", "--out", made]
         return self.run("from a forget file alone", "alone", train, measure, learned=made)

@@ -291,6 +291,11 @@ class Keep:
     tokens: float
 
 
+def texts_of_step(batch_size):
+    """How many general texts a step reads beside so many rows: one for every eight."""
+    return max(1, batch_size // 8)
+
+
 def make_general(args, model, tokenizer, splits, sha256):
     """The general text of a run of train.py, without the teacher's outputs."""
     limit = row_limit(args, args.num_tokens + args.earlier.q)
@@ -315,7 +320,7 @@ def make_general(args, model, tokenizer, splits, sha256):
         plain=text_examples(plain, tokenizer, alone, limit),
         held_out={HELD_OUT_NAME: text_examples(held_out, tokenizer, form, limit)},
         seed=args.seed,
-        per_batch=max(1, args.batch_size // 8),
+        per_batch=texts_of_step(args.batch_size),
     )
 
 
