@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 EPOCHS = 6  # by default
 FEWEST_STEPS = 300  # by default, too: few rows get more epochs
+FEWEST_DRAWS = 1200  # of rows to forget in a run: few ones come in more batches
 WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
 BY_LOSS = 0.5  # of the draws; the rest are uniform, so that no row counts more than twice
 RECENT = 0.2  # how much of a side's mean is the last step's
@@ -28,7 +29,9 @@ class Batches:
     its answer lacks of probability 1; for an answer of one token that bounds the gradient's norm,
     but for a factor. m is the mean of that over the side's rows about then, as old losses are those
     of another prompt. So the gradient is the same in expectation, and varies less, as most rows are
-    soon learned: importance sampling (Katharopoulos and Fleuret, arXiv 1803.00942).
+    soon learned: importance sampling (Katharopoulos and Fleuret, arXiv 1803.00942). Rows to forget
+    are FEWEST_DRAWS or more in a run: where that needs it, a batch has more than their share, up to
+    half. L_f is the mean over a batch's own ones, so they do not count more for it.
     """
 
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
@@ -40,12 +43,13 @@ class Batches:
         self.forget_per_batch = forget_per_batch
         self.rows = len(examples) // ways
         self.sides = both_sides(examples[: self.rows])
-        self.counts = shares(*map(len, self.sides), batch_size)
         self.hardness = [0.0] * self.rows  # g of each row, however it was asked
         self.means = {True: 1.0, False: 1.0}  # m of the rows to forget, and of the others
         self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
         self.per_epoch = len(self.current)
         self.epochs = epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / self.per_epoch))
+        counts = shares(*map(len, self.sides), batch_size)
+        self.counts = at_least(math.ceil(FEWEST_DRAWS / len(self)), counts)
 
     def __len__(self):
         """The steps of the run."""
@@ -182,6 +186,16 @@ def shares(n_forget, n_retain, batch_size):
     ends = [(n * i // count, n_forget * i // count) for i in range(count + 1)]
     sizes = [(end - start, f_end - f_start) for (start, f_start), (end, f_end) in pairwise(ends)]
     return [(k, size - k) for size, k in sizes]
+
+
+def at_least(least, counts):
+    """`shares` with so many forget rows in each batch or more, up to half of it."""
+    raised = []
+    for k, others in counts:
+        size = k + others
+        k = max(k, min(least, size // 2))
+        raised.append((k, size - k))
+    return raised
 
 
 def shared_out(forget, retain, counts, examples):

@@ -12,7 +12,9 @@ import spul
 import train
 from data import collate
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, token_losses
-from support.batches import AHEAD, EPOCHS, FEWEST_STEPS, Batches, draw_rows, epoch_batches
+from support import batches as of_batches
+from support.batches import AHEAD, EPOCHS, FEWEST_DRAWS, FEWEST_STEPS, Batches, draw_rows
+from support.batches import epoch_batches
 from tests.helpers import call, logged, small_batch, teacher_of, tiny, train_args
 
 
@@ -82,13 +84,37 @@ def test_the_first_epoch_has_all_rows_once_and_later_ones_those_with_a_high_loss
     assert min(w for i, w in weights.items() if i not in hard) > 1.9
 
 
-def test_batches_drawn_by_loss_have_their_share_of_both_sides():
+def forget_rows(examples, steps):
+    """How many each step has."""
+    return [sum(examples[i].forget for i in indices) for _, indices, _ in steps]
+
+
+def test_batches_drawn_by_loss_have_their_share_of_both_sides(monkeypatch):
+    monkeypatch.setattr(of_batches, "FEWEST_DRAWS", 1)
     examples = small_batch(25, 75)
     steps = run_through(made(examples))
     assert len(steps) == 3 * 13
+    assert set(forget_rows(examples, steps)) == {1, 2}
     for _, indices, weights in steps:
-        assert sum(examples[i].forget for i in indices) in (1, 2)
         assert 7 <= len(indices) <= 8 and len(weights) == len(indices)
+
+
+@pytest.mark.parametrize("draws, least", [(FEWEST_DRAWS, 4), (110, 3)])
+def test_where_rows_to_forget_are_few_batches_have_more_of_them_up_to_half(
+    monkeypatch, draws, least
+):
+    monkeypatch.setattr(of_batches, "FEWEST_DRAWS", draws)
+    examples = small_batch(5, 95)
+    steps = run_through(made(examples))
+    assert len(steps) == 3 * 13
+    counts = forget_rows(examples, steps)
+    assert set(counts[:13]) == {0, 1}  # every row once
+    for n, (_, indices, weights) in zip(counts[13:], steps[13:]):
+        assert n == min(least, len(indices) // 2)
+        assert 7 <= len(indices) <= 8 and len(weights) == len(indices)
+    mostly_forget = small_batch(95, 5)
+    counts = forget_rows(mostly_forget, run_through(made(mostly_forget)))
+    assert set(counts[13:]) == {7, 8}
 
 
 def test_every_second_batch_drawn_by_loss_is_asked_in_the_first_way():
