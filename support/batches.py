@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 EPOCHS = 6  # by default
 FEWEST_STEPS = 300  # by default, too: few rows get more epochs
-FEWEST_DRAWS = 1200  # of rows to forget in a run: few ones come in more batches
+FEWEST_DRAWS = 1200  # aimed at, of rows to forget in a run: batches have more of few ones
 WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
 BY_LOSS = 0.5  # of the draws; the rest are uniform, so that no row counts more than twice
 RECENT = 0.2  # how much of a side's mean is the last step's
@@ -29,9 +29,11 @@ class Batches:
     its answer lacks of probability 1; for an answer of one token that bounds the gradient's norm,
     but for a factor. m is the mean of that over the side's rows about then, as old losses are those
     of another prompt. So the gradient is the same in expectation, and varies less, as most rows are
-    soon learned: importance sampling (Katharopoulos and Fleuret, arXiv 1803.00942). Rows to forget
-    are FEWEST_DRAWS or more in a run: where that needs it, a batch has more than their share, up to
-    half. L_f is the mean over a batch's own ones, so they do not count more for it.
+    soon learned: importance sampling (Katharopoulos and Fleuret, arXiv 1803.00942).
+
+    Where the rows to forget are so few that a run would draw fewer than FEWEST_DRAWS of them, a
+    batch has more than their share, after the first epoch and up to half. L_f is the mean over a
+    batch's own ones, so they hardly count more for it, and L_f varies less.
     """
 
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
@@ -189,7 +191,7 @@ def shares(n_forget, n_retain, batch_size):
 
 
 def at_least(least, counts):
-    """`shares` with so many forget rows in each batch or more, up to half of it."""
+    """What `shares` returns, with `least` forget rows or more in each batch, but half at most."""
     raised = []
     for k, others in counts:
         size = k + others
