@@ -510,11 +510,14 @@ class Plan:
     def elsewhere_sciq(self):
         """The defaults, from a forget file alone, and where the prompt starts."""
         yield [self.memorised()]
-        runs = [self.default("defaults", "default-0"), self.alone()]
-        runs.append(self.default("gamma 16", "gamma-16", *MORE_KEEP))
-        for start in STARTS:
-            program = ["results/starts.py", start]
-            runs.append(self.default(f"start: {start}", start, program=program))
+        runs = [self.default("gamma 16", "gamma-16", *MORE_KEEP), self.alone()]
+        for seed in (0, 1):
+            options = ["--seed", seed]
+            runs.append(self.default("defaults", f"default-{seed}", *options))
+            for start in STARTS:
+                program = ["results/starts.py", start]
+                name = f"{start}-{seed}"
+                runs.append(self.default(f"start: {start}", name, *options, program=program))
         yield runs
 
     def alone(self):
