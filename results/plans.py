@@ -45,19 +45,20 @@ ROWS = {
     "elsewhere": four_files("sst2"),
     "elsewhere_sst2": SST2,
     "elsewhere_sciq": four_files("sciq"),
+    "elsewhere_tofu": four_files("tofu"),
 }
 
 # Studies that take another one's memorised model.
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}
-QUESTIONS = ("sciq", "requests", "elsewhere_sciq")
+QUESTIONS = ("sciq", "requests", "elsewhere_sciq", "elsewhere_tofu")
 TEMPLATE = dict.fromkeys(ROWS, "sentiment") | dict.fromkeys(QUESTIONS, "question")
 FLOAT32 = ("sst2", "assessment")
 DTYPE = dict.fromkeys(ROWS, "bf16") | dict.fromkeys(FLOAT32, "fp32")
 
 # Memorising. The LoRA is small enough to be kept, and has the usual size of steps.
 MEMORISE = dict.fromkeys(ROWS, 4) | {"sciq": 8, "tofu": 20, "sizes": 10, "full": 5}  # epochs
-MEMORISE["elsewhere_sciq"] = 8
-TALKS = ("elsewhere", "elsewhere_sst2", "elsewhere_sciq")  # their models rehearse general text
+MEMORISE |= {"elsewhere_sciq": 8, "elsewhere_tofu": 12}
+TALKS = ("elsewhere", "elsewhere_sst2", "elsewhere_sciq", "elsewhere_tofu")  # rehearse general text
 RANK = dict.fromkeys(ROWS, 4) | {"full": 8} | dict.fromkeys(TALKS, 8)
 
 # Rows a step, in memorising and in unlearning. Few rows have small batches, to make more steps.
@@ -165,8 +166,9 @@ class Plan:
         self.known = self.source.work / "memorised"
         self.measuring = ["eval.py"]
         self.beside = []
-        if study == "tofu":
+        if study in ("tofu", "elsewhere_tofu"):
             self.measuring = extra("tofu")
+        if study == "tofu":
             self.beside = ["--retrained", self.work / "retrained"]
         self.work.mkdir(parents=True, exist_ok=True)
         files = [HERE / f"{name}.jsonl" for split in ROWS[study].values() for name in split]
@@ -394,17 +396,20 @@ class Plan:
 
     def tofu_prompt(self, method, name, *options):
         made = self.work / name
-        unknown = Path(os.path.relpath(HERE)) / "tofu/unknown.txt"
         train = train_command(
             *self.data("forget", "retain"),
             *self.dtype,
             *self.batch(),
-            *("--generic", unknown),
+            *self.refusals(),
             *options,
             *("--model", self.known, "--resume", "--out", made),
         )
         measure = self.measure(name, self.known, "--prompt", self.runs / name)
         return self.run(method, name, train, measure, learned=made)
+
+    def refusals(self):
+        """The option that names TOFU's generic answers."""
+        return ["--generic", Path(os.path.relpath(HERE)) / "tofu/unknown.txt"]
 
     def requests(self):
         """Two requests for one model, each run asked of both topics.
@@ -510,20 +515,30 @@ class Plan:
     def elsewhere_sciq(self):
         """The defaults, from a forget file alone, and where the prompt starts."""
         yield [self.memorised()]
-        runs = [self.default("gamma 16", "gamma-16", *MORE_KEEP), self.alone()]
-        for seed in (0, 1):
-            options = ["--seed", seed]
-            runs.append(self.default("defaults", f"default-{seed}", *options))
-            for start in STARTS:
-                program = ["results/starts.py", start]
-                name = f"{start}-{seed}"
-                runs.append(self.default(f"start: {start}", name, *options, program=program))
+        runs = [self.default("defaults", "default-0"), self.alone()]
+        runs.append(self.default("gamma 16", "gamma-16", *MORE_KEEP))
+        for start in STARTS:
+            program = ["results/starts.py", start]
+            runs.append(self.default(f"start: {start}", start, program=program))
+        runs.append(self.default("defaults, seed 1", "default-1", "--seed", 1))
+        sentence = ["results/starts.py", "sentence"]
+        again = self.default("start: sentence, seed 1", "sentence-1", "--seed", 1, program=sentence)
+        runs.append(again)
         yield runs
 
-    def alone(self):
+    def elsewhere_tofu(self):
+        """The defaults where answers are sentences. Each run is also measured as TOFU does."""
+        yield [self.memorised()]
+        run = self.default("defaults", "default-0", *self.refusals())
+        run.more = run.found
+        run.found = self.json(run.name)
+        run.commands.append(self.measure(run.name, self.known, "--prompt", run.kept))
+        yield [run, self.alone(*self.refusals())]
+
+    def alone(self, *options):
         """The defaults from a forget file alone, measured on real rows afterwards."""
         made = self.work / "alone"
-        train = ["train.py", "--model", self.known, *self.data("forget"), *self.dtype]
+        train = ["train.py", "--model", self.known, *self.data("forget"), *self.dtype, *options]
         train += MORE_KEEP if self.study == "elsewhere" else []  # measured before gamma was 8
         measure = self.measure("alone", self.known, "--prompt", made)
         train += ["--resume", "--out", made]

@@ -12,6 +12,7 @@
     python results/study.py elsewhere --base smollm2   other text, on a model that talks: elsewhere
     python results/study.py elsewhere_sst2 --base smollm2    the defaults there on more rows
     python results/study.py elsewhere_sciq --base smollm2    and on SciQ
+    python results/study.py elsewhere_tofu --base smollm2    and on TOFU's sentences
 
 The tables go into results/. Every run is a few commands as a user would type them (plans.py). What
 they measured goes, with the commands, into runs/STUDY.json beside the tables (store.py). What is
@@ -21,7 +22,7 @@ All else goes into the folder --work.
 What is measured is not run again, on this machine or another. A memorised model that is still
 needed is made from its adapter, if that is kept. What was stopped goes on, and the table is
 written anew after each run. --jobs runs several side by side, each on its share of the cores.
-"full" and "tofu" need rows that results/rows.py draws, "full" also a GPU.
+"full", "tofu" and "elsewhere_tofu" need rows that results/rows.py draws, "full" also a GPU.
 """
 
 import argparse

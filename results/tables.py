@@ -226,7 +226,7 @@ def others(study, runs):
         row["found"] = found
         if more:
             row["more"] = more
-        if more and not any(line[0] == "no prompt" for line in lines):
+        if more and not any(line[0] in ("no prompt", "memorised") for line in lines):
             lines.insert(0, ["no prompt", *cells_of(found, more, "without")])
         side = "with" if found.get("with", True) else "without"
         lines.append([run.method, *cells_of(found, more, side)])
@@ -271,6 +271,19 @@ def tofu_cells(found, more, side):
     cells = ["" if value is None else percent(value) for value in values]
     p = (found["forget_quality"] or {}).get(side, math.nan)
     return [*cells, f"{p:.2g}"]
+
+
+def sentence_cells(found, more, side):
+    """TOFU's measures, then how often it refuses rephrased questions, and what else changes."""
+    cells = tofu_cells(found, more, side)[:-1]
+    generic = found[side]["test forget"].get("generic")
+    cells.append("" if generic is None else percent(generic))
+    if not more:
+        return cells + [""] * (len(SENTENCES) - 1 - len(cells))
+    result = more["elsewhere"].get("general text", {})
+    cells += [f"{result['kl']:.3f}", percent(result["same"])] if "kl" in result else ["", ""]
+    cost = more["cost"]
+    return [*cells, f"{cost['steps']:.0f}", f"{cost['seconds']:.0f}"]
 
 
 def request_cells(found, more, side):
@@ -368,8 +381,17 @@ ELSEWHERE = [
     "steps",
     "s in them",
 ]
+SENTENCES = [
+    *TOFU[:-1],
+    "rephrased questions to forget: generic",
+    "general text: KL",
+    "same token",
+    "steps",
+    "s in them",
+]
 OTHERS = {
     **dict.fromkeys(plans.TALKS, (ELSEWHERE, elsewhere_cells)),
+    "elsewhere_tofu": (SENTENCES, sentence_cells),
     "robust": (ROBUST, robust_cells),
     "tofu": (TOFU, tofu_cells),
     "requests": (REQUESTS, request_cells),

@@ -213,6 +213,23 @@ def test_the_study_of_other_text_shows_what_a_prompt_changes_elsewhere(small_stu
         parse(words[words.index("--model") :])
 
 
+def test_the_study_of_sentences_shows_both_commands_measures(small_study, tmp_path, monkeypatch):
+    study, args = small_study("elsewhere_tofu")
+    # a random model writes no texts like the rows
+    monkeypatch.setattr(study.plans.Plan, "alone", lambda plan, *_: plan.vanilla())
+    study.main(args)
+    table, (memorised, defaults, vanilla) = table_and_rows(
+        "elsewhere_tofu", tmp_path / "elsewhere_tofu"
+    )
+    assert "--rehearse" in memorised["commands"][0] and "extras.tofu" in vanilla["commands"][0]
+    assert "--generic" in defaults["commands"][0] and "extras.tofu" in defaults["commands"][1]
+    result = defaults["more"]["elsewhere"]["general text"]
+    with_prompt = table.splitlines()[3].split(" | ")
+    retain = defaults["found"]["with"]["train retain"]
+    assert with_prompt[7] == f"{100 * retain['rouge_l']:.1f}"
+    assert with_prompt[13] == f"{result['kl']:.3f}"
+
+
 def folder_of(args):
     return args[args.index("--base") + 1]
 
