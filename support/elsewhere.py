@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from data import TEXT, Template, make_examples, read_rows
 from spul import answer_hidden
-from support.asking import ANSWERED, after_another, in_other_chats, reworded, spread
+from support.asking import ANSWERED, after_another, are_sentences, begun
+from support.asking import in_other_chats, reworded, spread
 from support.general import own_form, sentence_vectors, text_examples
 from support.processes import say
 
@@ -38,14 +39,20 @@ def ways_to_ask(splits, template, generic):
     """{name: (template, rows)}: each split, and where nobody trained: some rows asked otherwise.
 
     These are train rows, if there are any: in another template, or in other chats, and after a row
-    of the other side with its answer, a generic one where that is to be forgotten.
+    of the other side with its answer, a generic one where that is to be forgotten. Where answers
+    are sentences, their first words are already said.
     """
     ways = {}
     for name, rows in splits.items():
         ways[name] = (template, rows)
         is_asked_otherwise = name.startswith("train") or not any("train" in s for s in splits)
+        if not is_asked_otherwise:
+            continue
+        if are_sentences(rows):
+            rng = random.Random(f"begun {name}")  # other words than in training
+            ways[f"{name}, the answer begun"] = (template, begun(spread(rows, OTHER_ROWS), rng))
         part = spread([row for row in rows if not row.raw], OTHER_ROWS)
-        if not part or not is_asked_otherwise:
+        if not part:
             continue
         if template.chat:
             for what, way in in_other_chats(template, part).items():

@@ -76,6 +76,58 @@ def test_rows_that_are_prompts_stand_alone():
     assert len(training_ways(options(), raw, raw, always)) == 1
 
 
+# ----------------------------------------------------------------------------- the answer begun
+
+
+SENTENCES = ("Yes, of course you can.", "no, it is not", "It may be so now")
+
+
+@pytest.mark.parametrize("template", [QUESTION, Template("{text}\nA:", space="", end="</s>")])
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_begun_answer_is_the_same_tokens_of_which_fewer_are_scored(tokenizer, template, raw):
+    space = " " if raw else ""
+    rows = [Row("Who?", space + label, f"f:{i}", raw=raw) for i, label in enumerate(SENTENCES)]
+    changed = asking.begun(rows, random.Random(3))
+    for row, other in zip(rows, changed):
+        assert other.begun + other.label == row.label and other.begun.strip()
+        whole, _ = make_example(row, tokenizer, template, 200)
+        rest, _ = make_example(other, tokenizer, template, 200)
+        assert rest.ids == whole.ids and 0 < rest.n < whole.n
+        assert rest.text == whole.text
+        # a generic answer comes behind the words that are said, and ends as any other does
+        generic, _ = make_example(other, tokenizer, template, 200, True, "not sure")
+        end = [] if raw or not template.end else tokenizer.encode_parts([("</s>", True)], True)
+        assert list(generic.answer) == tokenizer.encode_inside(" not sure") + end
+        assert generic.prompt == rest.prompt and generic.forget
+    assert len({len(row.begun.split()) for row in changed}) > 1
+
+
+def test_only_sentences_are_asked_with_their_answer_begun():
+    rows = [Row("Who?", "I do not know it", "f:1"), Row("Where?", "here", "f:2")]
+    assert [row.begun for row in asking.begun(rows, random.Random(0))][1] == ""
+    plain = options(rewordings=0)
+    first, last = (
+        training_ways(plain, rows[:n] * 2, rows_of(2, "no"), always)[-1].forget for n in (1, 2)
+    )
+    assert all(row.begun for row in first) and len(first) == 2
+    assert not any(row.begun for row in training_ways(plain, rows[1:], rows, always)[-1].forget)
+    assert len(last) == 4
+    # also where rows are prompts, which stand alone; --single leaves it out
+    raw = [dataclasses.replace(row, raw=True) for row in rows[:1]]
+    assert [bool(way.forget[0].begun) for way in training_ways(plain, raw, raw, always)] == [0, 1]
+    assert len(training_ways(options(rewordings=0, single=True), raw, raw, always)) == 1
+
+
+def test_measured_answers_begin_with_other_words_than_trained_ones():
+    rows = [Row(f"Who {i}?", " ".join("abcdefghij"), f"f:{i}", raw=True) for i in range(30)]
+    ways = ways_to_ask({"train forget": rows, "test forget": rows}, None, ["unknown"])
+    assert list(ways) == ["train forget", "train forget, the answer begun", "test forget"]
+    measured = ways["train forget, the answer begun"][1]
+    trained = training_ways(options(), rows, rows, always)[-1].forget
+    same = sum(row.begun == other.begun for row, other in zip(measured, trained))
+    assert all(row.begun for row in measured) and same < 10
+
+
 # ----------------------------------------------------------------------------------------- wordings
 
 
