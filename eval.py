@@ -292,10 +292,11 @@ def table_command(args, model, tokenizer, phi, info, splits):
     texts = held_out_texts(args, tokenizer, args.prompt or [], limit)
     texts = texts_elsewhere(args.model, tokenizer, limit, texts)
     elsewhere = measure_elsewhere(model, tokenizer, texts, phi, args.model, args.batch_size)
-    report(args, model, info, before, after, elsewhere=elsewhere)
-    print(elsewhere_table(elsewhere))
+    verdict = []
     if phi is not None:
-        print("\n".join(verdicts(before, after, elsewhere, true_labels(splits, labels))))
+        verdict = verdicts(before, after, elsewhere, true_labels(splits, labels))
+    report(args, model, info, before, after, elsewhere=elsewhere, verdict=verdict)
+    print("\n".join([elsewhere_table(elsewhere), *verdict]))
 
 
 def main(argv=None):

@@ -7,6 +7,7 @@ extras/assess.py).
 import dataclasses
 import functools
 import itertools
+import math
 import random
 import re
 from typing import NamedTuple
@@ -160,8 +161,8 @@ def training_examples(args, forget, retain, model, tokenizer, limit):
 def training_ways(args, forget, retain, is_understood):
     """The Ways to ask in training.
 
-    The first is the user's template, then come further ones of --template. Then in other wordings,
-    or in a chat under other system messages, as many as --rewordings, and later in the chat. The
+    The first is the user's template, then come further ones of --template. Then in other wordings
+    of these, or in a chat under other system messages, as many as --rewordings, and later in the chat. The
     last, unless --single, is each row after one of the other side, with that one's own answer, and
     where answers are sentences each row with the first words of its answer already said.
 
@@ -175,7 +176,7 @@ def training_ways(args, forget, retain, is_understood):
     if template.chat:
         others = [with_system(template, system) for system in SYSTEMS[: args.rewordings]]
     elif not all(row.raw for row in forget):
-        others = wordings(template, args.rewordings, args.seed)
+        others = wordings_of([template, *args.more_templates], args.rewordings, args.seed)
     asked = tqdm(others, "ways to ask", leave=False, delay=5, disable=ranks()[0] > 0)
     enough = TRIED, UNDERSTOOD
     others = [other for other in asked if other and is_understood(other, retain, *enough)]
@@ -235,6 +236,17 @@ def wordings(template, n, seed):
     others = [other for other in dict.fromkeys(others) if other not in (string, *held_out)]
     random.Random(f"wordings {seed}").shuffle(others)
     return [dataclasses.replace(template, string=other) for other in others[:n]]
+
+
+def wordings_of(templates, n, seed):
+    """n `wordings` of several templates in all, as many of each; none of a chat's."""
+    plain = [template for template in templates if not template.chat]
+    held_out = {other.string for template in plain for other in reworded(template)}
+    others = {}  # by their strings
+    for template in plain:
+        for other in wordings(template, math.ceil(n / len(plain)), seed):
+            others.setdefault(other.string, other)
+    return [other for string, other in others.items() if string not in held_out][:n]
 
 
 def after_another(rows, others, rng, generic=None):

@@ -224,9 +224,16 @@ def verdicts(before, after, elsewhere, labels):
                 f"{what}: KL {result['kl']:.2f} a token, a harmless sentence's is "
                 f"{result['sentence_kl']:.2f}"
             )
+    written = []
     for split in after:
         if "retain, " in split:
-            reasons += template_reason(split, before[split], after[split])
+            own = written if split.startswith("written") else reasons
+            own += template_reason(split, before[split], after[split])
+    if written:
+        lines.append(
+            "WITHOUT REAL ROWS TO KEEP this prompt does not hold, so it should not be used "
+            f"({'; '.join(written)}). What helps: rows to keep (--retain FILE)."
+        )
     if reasons:
         lines.append(
             "ELSEWHERE this prompt changes what it was not trained on, so it should not be used "

@@ -157,6 +157,17 @@ def test_the_papers_way_is_one_and_each_option_adds_to_it():
     assert PAPER["rewordings"] == 0 and PAPER["single"]
 
 
+def test_each_named_template_has_wordings():
+    more = [OWN, dataclasses.replace(OWN, chat=object())]
+    given = options(rewordings=9, single=True, more_templates=more)
+    ways = training_ways(given, rows_of(2, ""), [], always)
+    templates = {template.string for way in ways[3:] for template in way.templates}
+    ours, theirs = wordings(QUESTION, 5, 0), wordings(OWN, 5, 0)
+    assert templates == {template.string for template in ours + theirs[:4]}
+    named = {template.string for template in asking.wordings_of([OWN, QUESTION], 1000, 0)}
+    assert len(named) > 60 and not named & {template.string for template in reworded(QUESTION)}
+
+
 def test_each_row_is_asked_in_several_wordings_in_turn():
     ways = training_ways(options(rewordings=9, single=True), rows_of(2, ""), [], always)
     assert [len(templates) for templates, *_ in ways] == [1, 9, 9, 9]

@@ -284,8 +284,11 @@ def test_a_file_of_general_text_is_taken_and_is_part_of_the_run(
     again = ["--model", folder, "--prompt", tmp_path / "p", "--retain", files["retain"]]
     again += ["--general", file, "--json", tmp_path / "e.json", "--dtype", "fp32"]
     assert call(measuring, *again) == 0
+    out = capsys.readouterr().out
     _, info = load_prompt(tmp_path / "p")
-    measured = json.loads((tmp_path / "e.json").read_text())["elsewhere"]
+    written = json.loads((tmp_path / "e.json").read_text())
+    assert written["verdict"] and all(f"\n{line}\n" in out for line in written["verdict"])
+    measured = written["elsewhere"]
     for what, values in info["results"]["elsewhere"].items():
         assert measured[what] == pytest.approx(values, rel=1e-4)
 
@@ -390,6 +393,21 @@ def test_the_verdict_says_that_rows_come_back_where_they_are_asked_otherwise():
         "right)."
     )
     after[otherwise]["accuracy"] = 0.3
+    assert elsewhere.verdicts(before, after, {}, ["a", "b"]) == []
+
+
+def test_the_verdict_says_that_written_rows_do_not_hold():
+    names = ("train forget", "train retain", "written retain, kept back")
+    before = {name: {"accuracy": 0.99} for name in names}
+    after = {"train forget": {"accuracy": 0.1}, "train retain": {"accuracy": 0.98}}
+    after["written retain, kept back"] = {"accuracy": 0.5, "generic": 0.4}
+    (line,) = elsewhere.verdicts(before, after, {}, ["a", "b"])
+    assert line == (
+        "WITHOUT REAL ROWS TO KEEP this prompt does not hold, so it should not be used (written "
+        "retain, kept back: 99 -> 50 % right, 40 % refused). What helps: rows to keep (--retain "
+        "FILE)."
+    )
+    after["written retain, kept back"]["accuracy"] = 0.9
     assert elsewhere.verdicts(before, after, {}, ["a", "b"]) == []
 
 
