@@ -162,9 +162,9 @@ def training_ways(args, forget, retain, is_understood):
     """The Ways to ask in training.
 
     The first is the user's template, then come further ones of --template. Then in other wordings
-    of these, or in a chat under other system messages, as many as --rewordings, and later in the chat. The
-    last, unless --single, is each row after one of the other side, with that one's own answer, and
-    where answers are sentences each row with the first words of its answer already said.
+    of these, or in a chat under other system messages, as many as --rewordings, and later in the
+    chat. Then, unless --single, each row comes after one of the other side, with that one's own
+    answer, and where answers are sentences each row has the first words of its answer already said.
 
     is_understood(template, rows, n, share): whether the model answers n of the rows to retain so,
     at least this share of what it answers at first; else the way is left out.
