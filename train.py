@@ -470,6 +470,7 @@ def main(argv=None, change=None):
     change (extras/robust.py): an object with `options`, added to the run's description, and
     `reader(model, tokenizer, examples, seed)`, which returns the `read` of `fit`.
     """
+    start = time.perf_counter()
     args, is_demo = parse(argv, __doc__)
     args.device = join_group(choose_device(args))
     if is_demo:
@@ -488,7 +489,8 @@ def main(argv=None, change=None):
     began = time.perf_counter()
     before, teacher = measure_before(job)
     done = read_run(run_folder(args.out))[0] if mode == "resume" else 0
-    print_time(job, len(job.batches) - done, time.perf_counter() - began)
+    now = time.perf_counter()
+    print_time(job, len(job.batches) - done, now - began, now - start)
     if is_first and mode == "new":
         clear_run(args)  # after all input is checked, and all processes have seen it
         keep_rows(args.out, job.written)

@@ -91,15 +91,18 @@ def plan_lines(job):
     )
 
 
-def print_time(job, steps, measuring):
-    """Say how long the run will take: so many steps, and measuring after them, in seconds."""
+def print_time(job, steps, measuring, spent):
+    """Say how long the run will take: so many steps, and measuring after them, in seconds.
+
+    spent: seconds since the command began.
+    """
     tokens = job.args.batch_size * mean_length(job.examples)
     if job.general:
         tokens += job.general.per_batch * mean_length(job.general.own + job.general.plain)
     training = steps * tokens * STEP * job.reading
     say(
-        f"{'time':8} about {shown_time(training + measuring)}: {shown_time(training)} for {steps} "
-        f"steps, {shown_time(measuring)} to measure after them"
+        f"{'time':8} about {shown_time(training + measuring)} more: {shown_time(training)} for "
+        f"{steps} steps, {shown_time(measuring)} to measure after them; {shown_time(spent)} so far"
     )
 
 

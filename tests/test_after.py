@@ -70,6 +70,19 @@ def test_one_folder_holds_both_and_works_as_one_prompt(
     )
 
 
+def test_a_third_request_comes_after_two_prompts(folder, trained, second, tmp_path):
+    two, three = tmp_path / "two", tmp_path / "three"
+    files, first_rows = second
+    assert call(train, *train_args(folder, files, two, "--seed", 5)) == 0
+    rows = make_rows(8, ["positive", "negative"], "third")
+    files = {**files, "forget": write_rows(tmp_path / "third.jsonl", rows)}
+    more = ["--after", trained, "--after", two, "--after-forget", first_rows]
+    assert call(train, *train_args(folder, files, three, *more)) == 0
+    phi = phi_of(three)
+    assert torch.equal(phi[:8], torch.cat([phi_of(trained), phi_of(two)]))
+    assert len(phi) == 12 and load_prompt(three, folder)[1]["p"] == 12
+
+
 def job_of(args):
     args, _ = parse([str(a) for a in args])
     args.device = "cpu"

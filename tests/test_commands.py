@@ -71,15 +71,15 @@ def test_the_time_is_that_of_the_steps_left_and_of_measuring(capsys):
     args = argparse.Namespace(batch_size=8)
     general = argparse.Namespace(own=texts[:1], plain=texts[1:], per_batch=2)
     job = argparse.Namespace(args=args, examples=rows, general=general, reading=0.0007)
-    plan.print_time(job, 100, 30)
+    plan.print_time(job, 100, 30, 45)
     seconds = 100 * (8 * 25 + 2 * 60) * plan.STEP * 0.0007  # 112
     assert capsys.readouterr().out == (
-        f"time     about {(seconds + 30) / 60:.0f} minutes: {seconds / 60:.0f} minutes for 100 "
-        "steps, 30 s to measure after them\n"
+        f"time     about {(seconds + 30) / 60:.0f} minutes more: {seconds / 60:.0f} minutes for "
+        "100 steps, 30 s to measure after them; 45 s so far\n"
     )
     job.general = None
-    plan.print_time(job, 10, 2)
-    assert "about 9 s: 7 s for 10 steps, 2 s to" in capsys.readouterr().out
+    plan.print_time(job, 10, 2, 1)
+    assert "about 9 s more: 7 s for 10 steps, 2 s to" in capsys.readouterr().out
 
 
 def test_at_most_so_many_rows_of_each_split_are_measured(folder, files, trained, tmp_path):

@@ -97,6 +97,23 @@ def test_texts_and_chats_give_our_logits_in_transformers(style, is_full, tmp_pat
             assert new.max() < 1e-6
 
 
+@torch.no_grad()
+def test_in_bf16_the_vectors_are_rounded_and_no_more(tmp_path):
+    import transformers
+
+    folder = base(tmp_path / "base")
+    save_weights(Llama.from_pretrained(folder).bfloat16(), folder)
+    phi, out = exported(tmp_path, folder)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(out).float()
+    llama = Llama.from_pretrained(folder).float()
+    first = Tokenizer(folder).count
+    ids = Tokenizer(folder).encode(TEXTS[0])
+    logits = hf(torch.tensor([[*range(first, first + P), *ids]])).logits[0, P:, :first]
+    for read, is_equal in ((phi.bfloat16().float(), True), (phi, False)):
+        want = llama(torch.tensor([ids]), llama.prefix(read))[0, :, :first]
+        assert torch.allclose(logits, want, atol=1e-3, rtol=0) == is_equal
+
+
 def test_our_own_code_reads_the_folder_as_a_model(tmp_path):
     folder = base(tmp_path / "base")
     phi, out = exported(tmp_path, folder)
@@ -191,6 +208,9 @@ def test_an_exported_folder_is_not_exported_again(tmp_path, capsys):
         capsys, tmp_path, "--model", tmp_path / "model", "--prompt", tmp_path / "prompt"
     )
     assert "its vocabulary holds a prompt already" in error
+    (tmp_path / "model/spul_export.json").unlink()  # its tokens alone tell
+    again = ["--model", tmp_path / "model", "--prompt", tmp_path / "prompt"]
+    assert "its vocabulary holds a prompt already" in refused(capsys, tmp_path, *again)
 
 
 def test_a_prompt_of_another_model_is_refused(tmp_path, capsys):
