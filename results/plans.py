@@ -46,11 +46,14 @@ ROWS = {
     "elsewhere_sst2": SST2,
     "elsewhere_sciq": four_files("sciq"),
     "elsewhere_tofu": four_files("tofu"),
+    "elsewhere_requests": four_files("sciq"),
 }
 
 # Studies that take another one's memorised model.
 SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}
-QUESTIONS = ("sciq", "requests", "elsewhere_sciq", "elsewhere_tofu")
+SOURCE["elsewhere_requests"] = "elsewhere_sciq"
+REQUESTS = ("requests", "elsewhere_requests")
+QUESTIONS = ("sciq", "elsewhere_sciq", "elsewhere_tofu", *REQUESTS)
 TEMPLATE = dict.fromkeys(ROWS, "sentiment") | dict.fromkeys(QUESTIONS, "question")
 FLOAT32 = ("sst2", "assessment")
 DTYPE = dict.fromkeys(ROWS, "bf16") | dict.fromkeys(FLOAT32, "fp32")
@@ -189,7 +192,7 @@ class Plan:
         if self.study == "ablations":  # every fourth row, and every second
             lines["forget_25"] = lines["forget"][::4]
             lines["forget_50"] = lines["forget"][::2]
-        if self.study == "requests":
+        if self.study in REQUESTS:
             lines["chemistry"], lines["rest"] = part_by_topic(lines["retain"])
             lines["both"] = lines["forget"] + lines["chemistry"]
         for split, rows in lines.items():
@@ -424,25 +427,46 @@ class Plan:
         chemistry = self.runs / "chemistry"
         yield [
             self.request("genetics", first.kept),
-            self.request("chemistry", chemistry, is_new=True),
-            self.request("both", self.runs / "both", is_new=True),
+            self.request("chemistry", chemistry, learn=train_command),
+            self.request("both", self.runs / "both", learn=train_command),
         ]
         yield [
             self.request("genetics, chemistry", first.kept, chemistry),
             self.request("chemistry, genetics", chemistry, first.kept),
         ]
 
-    def request(self, method, *prompts, is_new=False):
+    def elsewhere_requests(self):
+        """The same with the defaults, where the second prompt is learned behind the first."""
+        yield [self.memorised()]
+        first = self.source.default("defaults", "default-0")
+        yield [first]
+
+        def defaults(*options):
+            return ["train.py", *options]
+
+        def behind(*options):
+            after = ["--after", first.kept, "--after-forget", self.file("forget")]
+            return ["train.py", *after, *options]
+
+        yield [
+            self.request("genetics", first.kept),
+            self.request("genetics, chemistry", self.runs / "after", learn=behind, name="after"),
+            self.request("one for both", self.runs / "both", learn=defaults, name="both"),
+        ]
+
+    def request(self, method, *prompts, learn=None, name=None):
         """A run that asks of genetics and of what both retain, and then of chemistry.
 
-        is_new: first it learns the prompt.
+        learn: a function that makes options the command that learns the prompt, if it is a new one.
         """
-        name = method.replace(", ", "-")
+        name = name or method.replace(", ", "-")
+        forget = "chemistry" if name == "after" else name
         made = self.work / name
         common = ["--model", self.known, *self.template, *self.dtype]
         rest = ["--retain", self.file("rest")]
-        end = [*self.batch(), "--epochs", SPUL_EPOCHS, "--resume", "--out", made]
-        learn = train_command(*common, "--forget", self.file(name), *rest, *end)
+        options = [*common, "--forget", self.file(forget), *rest]
+        if learn is train_command:
+            options += [*self.batch(), "--epochs", SPUL_EPOCHS]
         ask = ["eval.py", *common]
         for prompt in prompts:
             ask += ["--prompt", prompt]
@@ -451,9 +475,10 @@ class Plan:
         more = self.json(f"{name}.more")
         genetics = [*ask, "--forget", self.file("forget"), *rest, *unseen, "--json", more]
         chemistry = [*ask, "--forget", self.file("chemistry"), "--json", self.json(name)]
-        if not is_new:
+        if not learn:
             return self.run(method, name, genetics, chemistry, more=more)
-        return self.run(method, name, learn, genetics, chemistry, more=more, learned=made)
+        train = learn(*options, "--resume", "--out", made)
+        return self.run(method, name, train, genetics, chemistry, more=more, learned=made)
 
     def sizes(self):
         """The main table's SPUL row, and the same for the model with fewer or more layers."""

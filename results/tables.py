@@ -394,7 +394,7 @@ OTHERS = {
     "elsewhere_tofu": (SENTENCES, sentence_cells),
     "robust": (ROBUST, robust_cells),
     "tofu": (TOFU, tofu_cells),
-    "requests": (REQUESTS, request_cells),
+    **dict.fromkeys(plans.REQUESTS, (REQUESTS, request_cells)),
 }
 
 

@@ -277,6 +277,25 @@ def test_the_study_of_two_requests_keeps_their_rows_apart(small_study, tmp_path)
     assert stacked.index("runs/sciq/spul-0") < stacked.index("runs/requests/chemistry")
 
 
+def test_the_study_of_a_second_request_learns_it_behind_the_first(small_study, tmp_path):
+    study, args = small_study("elsewhere_requests")
+    study.main(args)
+    table, rows = table_and_rows("elsewhere_requests", tmp_path / "elsewhere_requests")
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
+        "| no prompt",
+        "| genetics",
+        "| genetics, chemistry",
+        "| one for both",
+    ]
+    genetics, after, both = rows
+    first = "runs/elsewhere_sciq/default-0"
+    assert first in genetics["commands"][0] and first in after["commands"][0]
+    assert "--after " in after["commands"][0] and "--after" not in both["commands"][0]
+    assert "chemistry.jsonl" in after["commands"][0] and "both.jsonl" in both["commands"][0]
+    p = json.loads((tmp_path / "runs/elsewhere_requests/after/spul.json").read_text())["p"]
+    assert p == 60
+
+
 def test_the_study_of_changed_queries_shows_their_mean_and_the_worst(small_study, tmp_path):
     study, args = small_study("robust")
     study.main(args)
