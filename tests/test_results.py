@@ -420,6 +420,35 @@ def test_train_starts_elsewhere_with_this_script(folder, files, tmp_path):
     assert failed.returncode == 2 and "--num-tokens 2 or more" in failed.stderr
 
 
+def test_half_of_the_steps_are_on_rounded_weights(folder, monkeypatch):
+    script = script_of_results("rounded", monkeypatch)
+    monkeypatch.setattr(script, "GROUPS", (4, 8, 16))
+    model = Llama.from_pretrained(folder)
+    weight = model.layers[0].mlp.up_proj.weight
+    seen = []  # of each step: its number, and the group of the rounded weights, or None
+
+    def step(used, number):
+        own = used.layers[0].mlp.up_proj.weight
+        groups = [g for g in script.GROUPS if torch.equal(own, script.rounded(weight, 4, g))]
+        seen.append((number, None if torch.equal(own, weight) else groups[0]))
+
+    changed = script.RoundedHalf(step)
+    for number in range(160):
+        changed(model, number)
+    assert [number for number, group in seen if group] == [n for n in range(160) if n // 2 % 2]
+    groups = [group for _, group in seen if group]
+    assert groups == [script.GROUPS[i // script.EVERY % 3] for i in range(80)]
+
+
+def test_train_with_rounded_weights_is_another_run(folder, files, tmp_path):
+    options = train_args(folder, files, tmp_path / "p", "--epochs", 1)
+    done = command("results/rounded.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "p/spul.json").read_text())["options"]["rounded"] == 4
+    failed = command("results/rounded.py", *options, "--resume")
+    assert failed.returncode == 2 and "begin anew" in failed.stderr
+
+
 def test_the_curve_of_a_run_ends_where_its_table_does(tmp_path):
     """In the demo, whose prompt forgets in a few steps."""
     out = tmp_path / "p"
