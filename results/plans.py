@@ -438,7 +438,8 @@ class Plan:
     def elsewhere_requests(self):
         """The same with the defaults, where the second prompt is learned behind the first."""
         yield [self.memorised()]
-        first = self.source.default("defaults", "default-0")
+        _, prompts = self.source.groups()
+        first = next(run for run in prompts if run.name == "default-1")
         yield [first]
 
         def defaults(*options):

@@ -288,7 +288,7 @@ def test_the_study_of_a_second_request_learns_it_behind_the_first(small_study, t
         "| one for both",
     ]
     genetics, after, both = rows
-    first = "runs/elsewhere_sciq/default-0"
+    first = "runs/elsewhere_sciq/default-1"
     assert first in genetics["commands"][0] and first in after["commands"][0]
     assert "--after " in after["commands"][0] and "--after" not in both["commands"][0]
     assert "chemistry.jsonl" in after["commands"][0] and "both.jsonl" in both["commands"][0]
