@@ -97,7 +97,8 @@ TURNS = (
     ("assistant", "Hello! What would you like to know?"),
 )
 LONGEST_BEFORE = 60  # words of a row that stands before another
-SENTENCE = 4  # words; answers so long are also asked with their first words already said
+SENTENCE = 4  # words; answers so long are also asked with their first words already said,
+TIMES_BEGUN = 3  # each time with other numbers of words
 
 # A way to ask is trained in only if the model, without a prompt, still answers so many of some
 # retain rows, as a share of those that it answers in the first way.
@@ -198,7 +199,8 @@ def training_ways(args, forget, retain, is_understood):
             ways.append(Way([template], mixed_forget, mixed_retain))
     if not args.single and are_sentences(forget):
         rng = random.Random(f"begun {args.seed}")
-        ways.append(Way([template], begun(forget, rng), begun(retain, rng)))
+        for _ in range(TIMES_BEGUN):
+            ways.append(Way([template], begun(forget, rng), begun(retain, rng)))
     return ways
 
 

@@ -114,7 +114,8 @@ def test_only_sentences_are_asked_with_their_answer_begun():
     assert len(last) == 4
     # also where rows are prompts, which stand alone; --single leaves it out
     raw = [dataclasses.replace(row, raw=True) for row in rows[:1]]
-    assert [bool(way.forget[0].begun) for way in training_ways(plain, raw, raw, always)] == [0, 1]
+    ways = training_ways(plain, raw, raw, always)
+    assert [bool(way.forget[0].begun) for way in ways] == [0, *[1] * asking.TIMES_BEGUN]
     assert len(training_ways(options(rewordings=0, single=True), raw, raw, always)) == 1
 
 
