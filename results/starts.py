@@ -1,11 +1,10 @@
-"""train.py with another start of the prompt: python results/starts.py START OPTIONS
+"""train.py with another start of the prompt: python results/starts.py sentence|vocabulary OPTIONS
 
-START is sentence or vocabulary: the prompt is then vectors of the vocabulary plus what the encoder
-adds, which is 0 at first. They are those of a harmless sentence, or the same random ones for every
-seed. Before them is what the model always sees first, which does not learn: models attend to their
-first token when no other matters (attention sinks, Xiao et al., arXiv 2309.17453). Cartridges
-(arXiv 2506.06266) begin with text and freeze their first token, too. With `sink`, that first vector
-is the only difference.
+The prompt is then vectors of the vocabulary plus what the encoder adds, which is 0 at first. They
+are those of a harmless sentence, or the same random ones for every seed. Before them is what the
+model always sees first, which does not learn: models attend to their first token when no other
+matters (attention sinks, Xiao et al., arXiv 2309.17453). Cartridges (arXiv 2506.06266) begin with
+text and freeze their first token, too.
 """
 
 import sys
@@ -23,7 +22,7 @@ from support.general import sentence_vectors  # noqa: E402
 from support.processes import gather_full  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 
-STARTS = ("sentence", "vocabulary", "sink")
+STARTS = ("sentence", "vocabulary")
 
 
 class Started(SoftPrompt):
@@ -62,7 +61,7 @@ class Change:
 
 def main(argv):
     if argv[:1] not in ([name] for name in STARTS):
-        raise ValueError(f"the first word is where the prompt starts: {', '.join(STARTS)}")
+        raise ValueError(f"the first word is where the prompt starts: {' or '.join(STARTS)}")
     kind = argv[0]
 
     def make_prompt(args, model):
@@ -70,12 +69,7 @@ def main(argv):
             raise ValueError("another start is not for --after, and wants --num-tokens 2 or more")
         torch.manual_seed(args.seed)
         start = vectors(kind, model, Tokenizer(args.model), args.model, args.num_tokens)
-        if kind == "sink":
-            p, d = start.shape
-            prompt = SoftPrompt(p - 1, d, args.encoder_hidden, earlier=start[:1])
-        else:
-            prompt = Started(start, args.encoder_hidden)
-        return prompt.to(model.device)
+        return Started(start, args.encoder_hidden).to(model.device)
 
     train.make_prompt = make_prompt
     train.main(argv[1:], Change(kind))
