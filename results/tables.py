@@ -301,21 +301,26 @@ def request_cells(found, more, side):
 
 
 def elsewhere_cells(found, more, side):
-    """Accuracy of the splits and asked otherwise, then what other text becomes."""
+    """Accuracy of the splits and asked otherwise, then what other text becomes.
+
+    Of a memorised model: what it has become of its base.
+    """
     splits = found[side]
     names = ["train forget", "train retain", "test forget", "test retain"]
     for what in ("another template", "a third template"):
         names += [f"train {end}, {what}" for end in ("forget", "retain")]
     names += ["train forget, after a retain row", "train retain, after a forget row"]
     cells = [percent(splits[name]["accuracy"]) if name in splits else "" for name in names]
+    texts = found["elsewhere"] if found.get("with") else found.get("memorised") or {}
     for what in ("general text", "text by people", "the same, no chat"):
-        result = found["elsewhere"].get(what, {})
+        result = texts.get(what, {})
         if "kl" in result:
-            cells.append(f"{result['kl']:.3f} ({result['sentence_kl']:.3f})")
+            beside = f" ({result['sentence_kl']:.3f})" if "sentence_kl" in result else ""
+            cells.append(f"{result['kl']:.3f}{beside}")
             cells.append(percent(result["same"]))
             cells.append(f"{result['perplexity']:.1f} -> {result['perplexity_with']:.1f}")
         else:
-            cells += ["", "", f"{result['perplexity']:.1f}" if result else ""]
+            cells += [""] * 3
     cost = found["cost"]
     return [*cells, f"{cost['steps']:.0f}", f"{cost['seconds']:.0f}"]
 

@@ -135,7 +135,7 @@ def test_the_demo_forgets_people_and_keeps_the_rest(tmp_path):
 
     assert accuracy("without", "train forget") > 0.95
     assert accuracy("without", "train retain") > 0.95
-    assert accuracy("with", "train forget") <= 0.15
+    assert accuracy("with", "train forget") <= 0.10
     assert gain("train retain") >= -0.05
     assert {"test forget", "test retain"} <= set(results["with"])
     for what in ("general text", "text by people"):

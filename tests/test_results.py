@@ -201,7 +201,9 @@ def test_the_study_of_other_text_shows_what_a_prompt_changes_elsewhere(small_stu
     table, rows = table_and_rows("elsewhere_sst2", tmp_path / "elsewhere_sst2")
     memorised, defaults, more_keep = rows
     assert "--rehearse" in memorised["commands"][0]
-    assert memorised["found"]["memorised"]["general text"]["kl"] > 0
+    changed = memorised["found"]["memorised"]["general text"]
+    assert changed["kl"] > 0
+    assert f"| {changed['kl']:.3f} | {100 * changed['same']:.1f} |" in table.splitlines()[2]
     result = defaults["found"]["elsewhere"]["general text"]
     assert f"{result['kl']:.3f} ({result['sentence_kl']:.3f})" in table
     assert "--gamma 16" in more_keep["commands"][0]
