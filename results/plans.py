@@ -555,11 +555,15 @@ class Plan:
     def elsewhere_tofu(self):
         """The defaults where answers are sentences. Each run is also measured as TOFU does."""
         yield [self.memorised()]
-        run = self.default("defaults", "default-0", *self.refusals())
-        run.more = run.found
-        run.found = self.json(run.name)
-        run.commands.append(self.measure(run.name, self.known, "--prompt", run.kept))
-        yield [run, self.alone(*self.refusals())]
+        runs = [
+            self.default("defaults", "default-0"),
+            self.default("24 refusals", "refusals", *self.refusals()),
+        ]
+        for run in runs:
+            run.more = run.found
+            run.found = self.json(run.name)
+            run.commands.append(self.measure(run.name, self.known, "--prompt", run.kept))
+        yield [*runs, self.alone()]
 
     def alone(self, *options):
         """The defaults from a forget file alone, measured on real rows afterwards."""

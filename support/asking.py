@@ -97,8 +97,7 @@ TURNS = (
     ("assistant", "Hello! What would you like to know?"),
 )
 LONGEST_BEFORE = 60  # words of a row that stands before another
-SENTENCE = 4  # words; answers so long are also asked with their first words already said,
-TIMES_BEGUN = 3  # each time with other numbers of words
+SENTENCE = 4  # words; answers so long are also measured with their first words already said
 
 # A way to ask is trained in only if the model, without a prompt, still answers so many of some
 # retain rows, as a share of those that it answers in the first way.
@@ -164,8 +163,8 @@ def training_ways(args, forget, retain, is_understood):
 
     The first is the user's template, then come further ones of --template. Then in other wordings
     of these, or in a chat under other system messages, as many as --rewordings, and later in the
-    chat. Then, unless --single, each row comes after one of the other side, with that one's own
-    answer, and where answers are sentences each row has the first words of its answer already said.
+    chat. The last, unless --single, is each row after one of the other side, with that one's own
+    answer.
 
     is_understood(template, rows, n, share): whether the model answers n of the rows to retain so,
     at least this share of what it answers at first; else the way is left out.
@@ -197,10 +196,6 @@ def training_ways(args, forget, retain, is_understood):
     for mixed_forget, mixed_retain in after_turns:
         if is_understood(template, mixed_retain, TRIED_AFTER, ANSWERED):
             ways.append(Way([template], mixed_forget, mixed_retain))
-    if not args.single and are_sentences(forget):
-        rng = random.Random(f"begun {args.seed}")
-        for _ in range(TIMES_BEGUN):
-            ways.append(Way([template], begun(forget, rng), begun(retain, rng)))
     return ways
 
 
@@ -281,9 +276,8 @@ def are_sentences(rows):
 def begun(rows, rng):
     """The rows with the first words of their answers already said, as many as rng draws.
 
-    Else a prompt learns to refuse at an answer's first word only, and behind that the rest still
-    comes. Refusals are learned in the same way after the beginning of an answer by Qi et al.,
-    arXiv 2406.05946, section 3. A row whose answer is a single word stays as it is.
+    A prompt may refuse at an answer's first word only (Qi et al., arXiv 2406.05946, of models that
+    were trained to refuse). A row whose answer is a single word stays as it is.
     """
     changed = []
     for row in rows:

@@ -49,7 +49,7 @@ def ways_to_ask(splits, template, generic):
         if not is_asked_otherwise:
             continue
         if are_sentences(rows):
-            rng = random.Random(f"begun {name}")  # other words than in training
+            rng = random.Random(f"begun {name}")  # as many words in every run
             ways[f"{name}, the answer begun"] = (template, begun(spread(rows, OTHER_ROWS), rng))
         part = spread([row for row in rows if not row.raw], OTHER_ROWS)
         if not part:

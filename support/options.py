@@ -54,7 +54,7 @@ def make_parser(description=""):
         help="other wordings of the template to train in, too, at most (default 32; paper 0, and "
         "the demo, whose model hardly understands others)")
     add("--single", action="store_true",
-        help="no rows asked after another row, or with the answer begun (paper)")
+        help="no rows asked after another row (paper)")
     add("--after", type=non_empty, action="append", metavar="DIR",
         help="a further request: earlier prompts, which stand before the new one; --out holds all "
         "vectors, as one prompt")

@@ -102,31 +102,17 @@ def test_a_begun_answer_is_the_same_tokens_of_which_fewer_are_scored(tokenizer, 
     assert len({len(row.begun.split()) for row in changed}) > 1
 
 
-def test_only_sentences_are_asked_with_their_answer_begun():
-    rows = [Row("Who?", "I do not know it", "f:1"), Row("Where?", "here", "f:2")]
-    assert [row.begun for row in asking.begun(rows, random.Random(0))][1] == ""
-    plain = options(rewordings=0)
-    first, last = (
-        training_ways(plain, rows[:n] * 2, rows_of(2, "no"), always)[-1].forget for n in (1, 2)
-    )
-    assert all(row.begun for row in first) and len(first) == 2
-    assert not any(row.begun for row in training_ways(plain, rows[1:], rows, always)[-1].forget)
-    assert len(last) == 4
-    # also where rows are prompts, which stand alone; --single leaves it out
-    raw = [dataclasses.replace(row, raw=True) for row in rows[:1]]
-    ways = training_ways(plain, raw, raw, always)
-    assert [bool(way.forget[0].begun) for way in ways] == [0, *[1] * asking.TIMES_BEGUN]
-    assert len(training_ways(options(rewordings=0, single=True), raw, raw, always)) == 1
-
-
-def test_measured_answers_begin_with_other_words_than_trained_ones():
-    rows = [Row(f"Who {i}?", " ".join("abcdefghij"), f"f:{i}", raw=True) for i in range(30)]
-    ways = ways_to_ask({"train forget": rows, "test forget": rows}, None, ["unknown"])
-    assert list(ways) == ["train forget", "train forget, the answer begun", "test forget"]
-    measured = ways["train forget, the answer begun"][1]
-    trained = training_ways(options(), rows, rows, always)[-1].forget
-    same = sum(row.begun == other.begun for row, other in zip(measured, trained))
-    assert all(row.begun for row in measured) and same < 10
+def test_a_single_word_is_not_begun_and_only_sentences_are_measured_so():
+    rows = [Row(f"Who {i}?", "I do not know it", f"f:{i}", raw=i % 2 == 0) for i in range(30)]
+    words = [Row(f"Where {i}?", "here", f"g:{i}") for i in range(30)]
+    assert asking.begun(words, random.Random(0)) == words
+    ways = ways_to_ask({"train forget": rows, "test forget": rows}, OWN, ["unknown"])
+    begun = [name for name in ways if "begun" in name]
+    assert begun == ["train forget, the answer begun"]
+    assert all(row.begun for row in ways[begun[0]][1]) and len(ways[begun[0]][1]) == 30
+    assert len({row.begun for row in ways[begun[0]][1]}) > 2
+    ways = ways_to_ask({"train forget": words}, OWN, ["unknown"])
+    assert not [name for name in ways if "begun" in name]
 
 
 # ----------------------------------------------------------------------------------------- wordings

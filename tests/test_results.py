@@ -220,11 +220,11 @@ def test_the_study_of_sentences_shows_both_commands_measures(small_study, tmp_pa
     # a random model writes no texts like the rows
     monkeypatch.setattr(study.plans.Plan, "alone", lambda plan, *_: plan.vanilla())
     study.main(args)
-    table, (memorised, defaults, vanilla) = table_and_rows(
+    table, (memorised, defaults, refusals, vanilla) = table_and_rows(
         "elsewhere_tofu", tmp_path / "elsewhere_tofu"
     )
     assert "--rehearse" in memorised["commands"][0] and "extras.tofu" in vanilla["commands"][0]
-    assert "--generic" in defaults["commands"][0] and "extras.tofu" in defaults["commands"][1]
+    assert "--generic" in refusals["commands"][0] and "extras.tofu" in defaults["commands"][1]
     result = defaults["more"]["elsewhere"]["general text"]
     with_prompt = table.splitlines()[3].split(" | ")
     retain = defaults["found"]["with"]["train retain"]
