@@ -13,7 +13,7 @@ Letters: B rows, T tokens of the longest, n answer tokens of a row, N answer tok
 """
 
 import os.path
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -91,7 +91,6 @@ class Row:
     wrong: tuple = ()  # wrong answers of the same form
     turns: tuple = ()  # (role, content) of what is said before the text: a chat's, or another row
     is_chat: bool = False  # given as messages
-    begun: str = ""  # the first words of its answer, if they are said already; label is the rest
 
     @property
     def key(self):
@@ -201,42 +200,29 @@ def make_example(row, tokenizer, template, max_length, forget=False, generic=Non
     A text that is too long for max_length tokens loses its end; template and answer stay whole.
     Raises ValueError where these alone are too long, or where no token comes before the answer.
     """
-    begun, answer = said_ids(row, tokenizer, template, generic)
-    n = len(begun + answer)
+    if generic is None:
+        answer = answer_ids(tokenizer, row.label, None if row.raw else template)
+    else:
+        answer = generic_ids(tokenizer, generic, template, row.label if row.raw else None)
 
     def ids_of(length):
         return prompt_ids(row, tokenizer, template, length)
 
-    length = longest_fit(ids_of, len(row.text), max_length - n)
+    length = longest_fit(ids_of, len(row.text), max_length - len(answer))
     ids = ids_of(length)
-    if len(ids) + n > max_length:
+    if len(ids) + len(answer) > max_length:
         raise ValueError(
-            f"{row.where}: template and answer alone are {len(ids) + n} tokens, over the "
+            f"{row.where}: template and answer alone are {len(ids) + len(answer)} tokens, over the "
             f"limit of {max_length}: raise --max-length or shorten the answer"
         )
     if not ids:
         raise ValueError(f"{row.where}: an empty prompt, and the tokenizer has no BOS either")
     if not answer:
         raise ValueError(f"{row.where}: the answer has no tokens")
+    tokenizer.check_table(ids + answer, row.where)
     span = text_span(ids, row, tokenizer, template)
-    ids += begun + answer
-    tokenizer.check_table(ids, row.where)
-    example = Example(tuple(ids), len(answer), generic or row.label, forget, span)
+    example = Example(tuple(ids + answer), len(answer), generic or row.label, forget, span)
     return example, length < len(row.text)
-
-
-def said_ids(row, tokenizer, template, generic=None):
-    """The ids of what is said of a row's answer already, and of the rest, or of a generic one."""
-    around = None if row.raw else template
-    begun = []
-    if row.begun:
-        begun = answer_ids(tokenizer, row.begun, around, end=False)
-        around = around and replace(around, space=" ")
-        if not row.raw:  # its space is the template's now
-            row = replace(row, label=row.label.lstrip())
-    if generic is None:
-        return begun, answer_ids(tokenizer, row.label, around)
-    return begun, generic_ids(tokenizer, generic, around, row.label if row.raw else None)
 
 
 def longest_fit(ids_of, length, room):

@@ -50,8 +50,13 @@ ROWS = {
 }
 
 # Studies that take another one's memorised model.
-SOURCE = {"ablations": "sst2", "robust": "sst2", "requests": "sciq", "sizes": "sst2"}
-SOURCE["elsewhere_requests"] = "elsewhere_sciq"
+SOURCE = {
+    "ablations": "sst2",
+    "robust": "sst2",
+    "requests": "sciq",
+    "sizes": "sst2",
+    "elsewhere_requests": "elsewhere_sciq",
+}
 REQUESTS = ("requests", "elsewhere_requests")
 QUESTIONS = ("sciq", "elsewhere_sciq", "elsewhere_tofu", *REQUESTS)
 TEMPLATE = dict.fromkeys(ROWS, "sentiment") | dict.fromkeys(QUESTIONS, "question")
@@ -425,10 +430,15 @@ class Plan:
         first = self.source.seeded(0)
         yield [first]
         chemistry = self.runs / "chemistry"
+
+        def paper(topic):
+            end = [*self.batch(), "--epochs", SPUL_EPOCHS]
+            return train_command(*self.topic(topic), *end)
+
         yield [
             self.request("genetics", first.kept),
-            self.request("chemistry", chemistry, learn=train_command),
-            self.request("both", self.runs / "both", learn=train_command),
+            self.request("chemistry", chemistry, learn=paper("chemistry")),
+            self.request("both", self.runs / "both", learn=paper("both")),
         ]
         yield [
             self.request("genetics, chemistry", first.kept, chemistry),
@@ -436,38 +446,34 @@ class Plan:
         ]
 
     def elsewhere_requests(self):
-        """The same with the defaults, where the second prompt is learned behind the first."""
+        """The same with the defaults. The first prompt stands before the second as it learns."""
         yield [self.memorised()]
         _, prompts = self.source.groups()
         first = next(run for run in prompts if run.name == "default-1")
         yield [first]
-
-        def defaults(*options):
-            return ["train.py", *options]
-
-        def behind(*options):
-            after = ["--after", first.kept, "--after-forget", self.file("forget")]
-            return ["train.py", *after, *options]
-
+        after = ["train.py", "--after", first.kept, "--after-forget", self.file("forget")]
+        after += self.topic("chemistry")
+        both = ["train.py", *self.topic("both")]
         yield [
             self.request("genetics", first.kept),
-            self.request("genetics, chemistry", self.runs / "after", learn=behind, name="after"),
-            self.request("one for both", self.runs / "both", learn=defaults, name="both"),
+            self.request("genetics, chemistry", self.runs / "after", name="after", learn=after),
+            self.request("one for both", self.runs / "both", name="both", learn=both),
         ]
 
-    def request(self, method, *prompts, learn=None, name=None):
+    def topic(self, name):
+        """The options of a prompt that is to make the model forget a topic."""
+        common = ["--model", self.known, *self.template, *self.dtype]
+        return [*common, "--forget", self.file(name), "--retain", self.file("rest")]
+
+    def request(self, method, *prompts, name=None, learn=None):
         """A run that asks of genetics and of what both retain, and then of chemistry.
 
-        learn: a function that makes options the command that learns the prompt, if it is a new one.
+        learn: the command that learns the prompt, if it is a new one, but for where to.
         """
         name = name or method.replace(", ", "-")
-        forget = "chemistry" if name == "after" else name
         made = self.work / name
         common = ["--model", self.known, *self.template, *self.dtype]
         rest = ["--retain", self.file("rest")]
-        options = [*common, "--forget", self.file(forget), *rest]
-        if learn is train_command:
-            options += [*self.batch(), "--epochs", SPUL_EPOCHS]
         ask = ["eval.py", *common]
         for prompt in prompts:
             ask += ["--prompt", prompt]
@@ -478,7 +484,7 @@ class Plan:
         chemistry = [*ask, "--forget", self.file("chemistry"), "--json", self.json(name)]
         if not learn:
             return self.run(method, name, genetics, chemistry, more=more)
-        train = learn(*options, "--resume", "--out", made)
+        train = [*learn, "--resume", "--out", made]
         return self.run(method, name, train, genetics, chemistry, more=more, learned=made)
 
     def sizes(self):

@@ -13,7 +13,7 @@
     python results/study.py elsewhere_sst2 --base smollm2    the defaults there on more rows
     python results/study.py elsewhere_sciq --base smollm2    and on SciQ
     python results/study.py elsewhere_tofu --base smollm2    and on TOFU's sentences
-    python results/study.py elsewhere_requests --base smollm2   a second prompt behind the first
+    python results/study.py elsewhere_requests --base smollm2   a second prompt after the first
 
 The tables go into results/. Every run is a few commands as a user would type them (plans.py). What
 they measured goes, with the commands, into runs/STUDY.json beside the tables (store.py). What is

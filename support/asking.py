@@ -97,7 +97,6 @@ TURNS = (
     ("assistant", "Hello! What would you like to know?"),
 )
 LONGEST_BEFORE = 60  # words of a row that stands before another
-SENTENCE = 4  # words; answers so long are also measured with their first words already said
 
 # A way to ask is trained in only if the model, without a prompt, still answers so many of some
 # retain rows, as a share of those that it answers in the first way.
@@ -193,9 +192,9 @@ def training_ways(args, forget, retain, is_understood):
         mixed_retain = after_another(retain, forget, rng, args.generic)
         if (mixed_forget, mixed_retain) != (forget, retain):
             after_turns.append((mixed_forget, mixed_retain))
-    for mixed_forget, mixed_retain in after_turns:
-        if is_understood(template, mixed_retain, TRIED_AFTER, ANSWERED):
-            ways.append(Way([template], mixed_forget, mixed_retain))
+    for forget, retain in after_turns:
+        if is_understood(template, retain, TRIED_AFTER, ANSWERED):
+            ways.append(Way([template], forget, retain))
     return ways
 
 
@@ -264,30 +263,6 @@ def after_another(rows, others, rng, generic=None):
         answer = rng.choice(generic) if generic else other.label
         turns = (("user", text), ("assistant", answer))
         changed.append(dataclasses.replace(row, turns=turns, is_chat=False))
-    return changed
-
-
-def are_sentences(rows):
-    """Whether most of the rows' answers have SENTENCE words or more."""
-    lengths = sorted(len(row.label.split()) for row in rows)
-    return lengths[len(lengths) // 2] >= SENTENCE
-
-
-def begun(rows, rng):
-    """The rows with the first words of their answers already said, as many as rng draws.
-
-    A prompt may refuse at an answer's first word only (Qi et al., arXiv 2406.05946, of models that
-    were trained to refuse). A row whose answer is a single word stays as it is.
-    """
-    changed = []
-    for row in rows:
-        label = row.label
-        first = len(label) - len(label.lstrip())
-        spaces = [i for i, c in enumerate(label.rstrip()) if c == " " and i > first]
-        if spaces:
-            cut = rng.choice(spaces)
-            row = dataclasses.replace(row, begun=label[:cut], label=label[cut:])
-        changed.append(row)
     return changed
 
 

@@ -5,6 +5,8 @@ Letters: p prompt tokens, d width, V vocabulary, n scored tokens of a text.
 
 import math
 import random
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,14 +14,14 @@ import torch.nn.functional as F
 
 from data import TEXT, Template, make_examples, read_rows
 from spul import answer_hidden
-from support.asking import ANSWERED, after_another, are_sentences, begun
-from support.asking import in_other_chats, reworded, spread
+from support.asking import ANSWERED, after_another, in_other_chats, reworded, spread
 from support.general import own_form, sentence_vectors, text_examples
 from support.processes import say
 
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
 EARLIER = "earlier forget"  # rows that earlier prompts make the model forget
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
+SENTENCE = 8  # tokens of an answer
 # When a verdict is bad.
 CLEARLY = 1.5  # KL above so many times a harmless sentence's
 FORGOTTEN = 0.5  # more than this share of the true answers still comes
@@ -39,20 +41,13 @@ def ways_to_ask(splits, template, generic):
     """{name: (template, rows)}: each split, and where nobody trained: some rows asked otherwise.
 
     These are train rows, if there are any: in another template, or in other chats, and after a row
-    of the other side with its answer, a generic one where that is to be forgotten. Where answers
-    are sentences, their first words are already said.
+    of the other side with its answer, a generic one where that is to be forgotten.
     """
     ways = {}
     for name, rows in splits.items():
         ways[name] = (template, rows)
-        is_asked_otherwise = name.startswith("train") or not any("train" in s for s in splits)
-        if not is_asked_otherwise:
-            continue
-        if are_sentences(rows):
-            rng = random.Random(f"begun {name}")  # as many words in every run
-            ways[f"{name}, the answer begun"] = (template, begun(spread(rows, OTHER_ROWS), rng))
         part = spread([row for row in rows if not row.raw], OTHER_ROWS)
-        if not part:
+        if not part or not is_asked_otherwise(name, splits):
             continue
         if template.chat:
             for what, way in in_other_chats(template, part).items():
@@ -72,6 +67,11 @@ def ways_to_ask(splits, template, generic):
     return ways
 
 
+def is_asked_otherwise(name, splits):
+    """Whether a split's rows are asked in other ways, too: train rows, or all where none are."""
+    return name.startswith("train") or not any("train" in split for split in splits)
+
+
 def leaves_out(name, before):
     """Whether a way to ask tells nothing: without a prompt the model hardly answers in it."""
     first = before.get(name.split(",")[0])
@@ -82,18 +82,36 @@ def leaves_out(name, before):
 
 
 def examples_to_ask(splits, template, generic, tokenizer, limit):
-    """Yield (name, Examples, how many texts were cut) of `ways_to_ask`.
+    """Yield (name, Examples, how many texts were cut) of `ways_to_ask`; of sentences half, too.
 
     A way that nobody asked for is left out where the rows have no room in it, or where the chat
     template refuses it.
     """
     for name, (asked_in, rows) in ways_to_ask(splits, template, generic).items():
         try:
-            yield name, *make_examples(rows, tokenizer, asked_in, limit)
+            examples, cut = make_examples(rows, tokenizer, asked_in, limit)
         except ValueError as e:
             if name in splits:
                 raise
             say(f"{name}: not measured: {e}")
+            continue
+        yield name, examples, cut
+        is_sentence = statistics.median(e.n for e in examples) >= SENTENCE
+        if name in splits and is_sentence and is_asked_otherwise(name, splits):
+            yield f"{name}, half the answer given", second_halves(examples, tokenizer), 0
+
+
+def second_halves(examples, tokenizer):
+    """Some of the examples, which ask only for the second half of the answer's tokens.
+
+    A model may refuse at an answer's first token and not further on (Qi et al., arXiv 2406.05946,
+    of models trained to refuse).
+    """
+    halves = []
+    for e in spread(examples, OTHER_ROWS):
+        n = math.ceil(e.n / 2)
+        halves.append(replace(e, n=n, label=tokenizer.decode(e.ids[-n:])))
+    return halves
 
 
 def texts_elsewhere(folder, tokenizer, limit, held_out=None):

@@ -76,45 +76,6 @@ def test_rows_that_are_prompts_stand_alone():
     assert len(training_ways(options(), raw, raw, always)) == 1
 
 
-# ----------------------------------------------------------------------------- the answer begun
-
-
-SENTENCES = ("Yes, of course you can.", "no, it is not", "It may be so now")
-
-
-@pytest.mark.parametrize("template", [QUESTION, Template("{text}\nA:", space="", end="</s>")])
-@pytest.mark.parametrize("raw", [False, True])
-def test_a_begun_answer_is_the_same_tokens_of_which_fewer_are_scored(tokenizer, template, raw):
-    space = " " if raw else ""
-    rows = [Row("Who?", space + label, f"f:{i}", raw=raw) for i, label in enumerate(SENTENCES)]
-    changed = asking.begun(rows, random.Random(3))
-    for row, other in zip(rows, changed):
-        assert other.begun + other.label == row.label and other.begun.strip()
-        whole, _ = make_example(row, tokenizer, template, 200)
-        rest, _ = make_example(other, tokenizer, template, 200)
-        assert rest.ids == whole.ids and 0 < rest.n < whole.n
-        assert rest.text == whole.text
-        # a generic answer comes behind the words that are said, and ends as any other does
-        generic, _ = make_example(other, tokenizer, template, 200, True, "not sure")
-        end = [] if raw or not template.end else tokenizer.encode_parts([("</s>", True)], True)
-        assert list(generic.answer) == tokenizer.encode_inside(" not sure") + end
-        assert generic.prompt == rest.prompt and generic.forget
-    assert len({len(row.begun.split()) for row in changed}) > 1
-
-
-def test_a_single_word_is_not_begun_and_only_sentences_are_measured_so():
-    rows = [Row(f"Who {i}?", "I do not know it", f"f:{i}", raw=i % 2 == 0) for i in range(30)]
-    words = [Row(f"Where {i}?", "here", f"g:{i}") for i in range(30)]
-    assert asking.begun(words, random.Random(0)) == words
-    ways = ways_to_ask({"train forget": rows, "test forget": rows}, OWN, ["unknown"])
-    begun = [name for name in ways if "begun" in name]
-    assert begun == ["train forget, the answer begun"]
-    assert all(row.begun for row in ways[begun[0]][1]) and len(ways[begun[0]][1]) == 30
-    assert len({row.begun for row in ways[begun[0]][1]}) > 2
-    ways = ways_to_ask({"train forget": words}, OWN, ["unknown"])
-    assert not [name for name in ways if "begun" in name]
-
-
 # ----------------------------------------------------------------------------------------- wordings
 
 

@@ -421,6 +421,26 @@ def test_a_way_in_which_the_model_hardly_answers_tells_nothing(capsys):
     assert "left out: without a prompt 40 % right" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_of_sentences_the_second_half_is_asked_for_alone(tokenizer, raw):
+    rows = [
+        Row(f"Who {i}?", f"a man of {i} sons who was never at home", "", raw=raw) for i in range(9)
+    ]
+    words = [Row(f"Where {i}?", "here", "") for i in range(9)]
+    splits = {"train forget": rows, "train retain": words, "test forget": rows}
+    asked = {
+        name: examples
+        for name, examples, _ in elsewhere.examples_to_ask(
+            splits, TEMPLATES["question"], ["unknown"], tokenizer, 200
+        )
+    }
+    name = "train forget, half the answer given"
+    assert [other for other in asked if "half" in other] == [name]
+    for whole, half in zip(asked["train forget"], asked[name], strict=True):
+        assert half.ids == whole.ids and half.n == (whole.n + 1) // 2
+        assert half.label == tokenizer.decode(half.answer) and whole.label.endswith(half.label)
+
+
 def test_rows_are_also_asked_in_a_template_that_was_not_trained():
     rows = [Row(f"text {i}", "positive", "") for i in range(150)]
     splits = {"train forget": rows, "test retain": rows}

@@ -182,6 +182,10 @@ def table_and_rows(kind, file):
     return table, rows
 
 
+def first_cells(table):
+    return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:-2]]
+
+
 def test_the_ablations_run_each_with_its_own_options(small_study, tmp_path):
     study, args = small_study("ablations")
     study.main(args)
@@ -262,13 +266,13 @@ def test_the_study_of_two_requests_keeps_their_rows_apart(small_study, tmp_path)
     study, args = small_study("requests")
     study.main(args)
     table, rows = table_and_rows("requests", tmp_path / "requests")
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
-        "| no prompt",
-        "| genetics",
-        "| chemistry",
-        "| both",
-        "| genetics, chemistry",
-        "| chemistry, genetics",
+    assert first_cells(table) == [
+        "no prompt",
+        "genetics",
+        "chemistry",
+        "both",
+        "genetics, chemistry",
+        "chemistry, genetics",
     ]
     work = tmp_path / "work" / "requests"
     asked = [row["text"] for row in lines_of(work / "chemistry.jsonl")]
@@ -279,15 +283,15 @@ def test_the_study_of_two_requests_keeps_their_rows_apart(small_study, tmp_path)
     assert stacked.index("runs/sciq/spul-0") < stacked.index("runs/requests/chemistry")
 
 
-def test_the_study_of_a_second_request_learns_it_behind_the_first(small_study, tmp_path):
+def test_the_study_of_a_second_request_learns_it_after_the_first(small_study, tmp_path):
     study, args = small_study("elsewhere_requests")
     study.main(args)
     table, rows = table_and_rows("elsewhere_requests", tmp_path / "elsewhere_requests")
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
-        "| no prompt",
-        "| genetics",
-        "| genetics, chemistry",
-        "| one for both",
+    assert first_cells(table) == [
+        "no prompt",
+        "genetics",
+        "genetics, chemistry",
+        "one for both",
     ]
     genetics, after, both = rows
     first = "runs/elsewhere_sciq/default-1"
