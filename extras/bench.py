@@ -5,14 +5,16 @@
 Without arguments it takes the bundled demo model and its rows. All that is compared takes turns in
 one run, and each figure is the median of the rounds. The step of fast.py is measured, and as one
 more line that of model.py, on the same weights; with --plain only the latter. "and L_keep" are
-steps that also read general text, one of 96 tokens for every 8 rows, as train.py's do.
+steps that also read general text, one of 96 tokens for every 8 rows, as train.py's do. On a CPU
+both sides also take the step in the other dtype, as one may be faster for one side alone.
 
 The columns of a training step:
 
     tokens/s   tokens of the rows, from BOS to answer, without prompt and padding
     TFLOP/s    model FLOPs: for each token 4 per weight of the layers (2 forward, 2 backward; the
                weights get no gradient), and for each scored position 4 d V for the head
-    of peak    that rate over the one of a large matrix product in the same dtype
+    of peak    that rate over the one of a large matrix product in the same dtype; not said of the
+               other one
     loss       of the first step, from the same prompt on every line with the same p
     ratio      examples/s over those of "spul, p = 30"
 
@@ -24,6 +26,7 @@ Letters: B rows, T tokens, p prompt tokens, d width, V vocabulary, n answer toke
 batch, N_r of them in retain rows.
 """
 
+import copy
 import dataclasses
 import datetime
 import functools
@@ -47,7 +50,7 @@ from support.general import LONGEST, General, texts_of_step
 from support.templates import read_template
 from support.cli import DEMO, Parser, add_layer_options, add_options, non_empty, number, run
 from support.files import check_json_path, write_json
-from support.hardware import choose_device, choose_dtype, load_model, prepare_layers
+from support.hardware import DTYPES, choose_device, choose_dtype, load_model, prepare_layers
 from support.hardware import replace_linear, row_limit
 from train import CLIP, make_optimizer, train_step
 
@@ -92,7 +95,9 @@ SHAPES = {
 PROMPT_SIZES = (10, 30, 50)
 MAIN = "spul, p = 30"  # the line that `ratio` refers to
 PLAIN = "spul, p = 30, plain forward"
+PEER = "transformers + peft, p = 30"
 KEEP = ", and L_keep"
+OTHER = ", in "  # the other dtype
 LR = 3e-3
 NEW_TOKENS = 32  # of a generated text
 QUERIES = 8  # asked one at a time
@@ -347,12 +352,25 @@ def training_steps(model, examples, args, peers):
     if isinstance(model, FastLlama):
         steps[PLAIN] = our_step(plain_model(model, args), examples, 30, teacher)
     if peers:
-        theirs = "transformers + peft, p = 30"
-        steps[theirs] = their_step(model, examples, 30, teacher, checkpointing=False)
+        steps[PEER] = their_step(model, examples, 30, teacher, checkpointing=False)
         checkpointed = their_step(model, examples, 30, teacher, checkpointing=True)
         steps["   with checkpointing (the paper's)"] = checkpointed
-        steps[theirs + KEEP] = their_step(model, examples, 30, teacher, False, general)
+        steps[PEER + KEEP] = their_step(model, examples, 30, teacher, False, general)
+        if model.device.type == "cpu" and not args.compile:
+            steps |= steps_in_other_dtype(model, examples, args.batch_size)
     return steps
+
+
+def steps_in_other_dtype(model, examples, batch_size):
+    """{name: step(indices)} of both sides on a copy of the model: float32 if it is in bf16."""
+    name = "fp32" if model.dtype == torch.bfloat16 else "bf16"
+    other = copy.deepcopy(model).to(DTYPES[name])
+    teacher = Teacher(other, examples, batch_size=batch_size)
+    teacher.learn(range(len(examples)))
+    return {
+        MAIN + OTHER + name: our_step(other, examples, 30, teacher),
+        PEER + OTHER + name: their_step(other, examples, 30, teacher, checkpointing=False),
+    }
 
 
 def train_round(step, batches):
@@ -388,7 +406,7 @@ def measure_training(model, examples, batches, args, peers):
             "examples/s": len(rows) / t,
             "tokens/s": tokens / t,
             "TFLOP/s": flops / t / 1e12,
-            "of peak": flops / t / peak,
+            "of peak": None if OTHER in name else flops / t / peak,
             "peak GB": (weight_bytes(model) + growth) / 1e9,
             "loss": loss,
             "ratio": base / t,

@@ -231,14 +231,20 @@ def test_the_benchmark_takes_the_same_step_as_transformers_and_peft(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(file.read_text())
     steps = found["training"]
-    assert len(steps) == 8 and {"torch", "peft", "transformers"} <= set(found["versions"])
+    assert len(steps) == 10 and {"torch", "peft", "transformers"} <= set(found["versions"])
     same = [name for name in steps if "10" not in name and "50" not in name]
+    other = [steps.pop(f"{side}, p = 30, in bf16") for side in ("spul", "transformers + peft")]
+    same = [name for name in same if name in steps]
     losses = [steps[name]["loss"] for name in same if "L_keep" not in name]
     assert len(losses) == 4  # the fast and the plain forward, peft, and peft with checkpointing
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
     kept = [steps[name]["loss"] for name in same if "L_keep" in name]
     assert len(kept) == 2 and kept == pytest.approx([kept[0]] * 2, rel=1e-4)
     assert kept[0] > losses[0] + 0.01
+    for figures in other:
+        assert figures["loss"] == pytest.approx(losses[0], rel=0.05)
+        assert figures["loss"] != pytest.approx(losses[0], rel=1e-4)  # bf16 has fewer digits
+        assert figures["of peak"] is None and figures["ratio"] > 0
     for words in (
         "training step (peak",
         "plain forward",
