@@ -413,7 +413,8 @@ def measure_before(job):
     for name in [name for name in before if leaves_out(name, before)]:
         del before[name], job.measured[name]
     if job.general:
-        job.general.compute_teacher(job.model, args.read_batch_size, earlier)
+        steps = len(job.batches)
+        job.general.compute_teacher(job.model, args.read_batch_size, steps, earlier)
     return before, teacher
 
 

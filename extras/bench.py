@@ -239,7 +239,7 @@ def general_texts(model, examples, batch_size):
     cuts = [tuple(ids[i * LONGEST : (i + 1) * LONGEST]) for i in range(n)]
     texts = [Example(cut, LONGEST - 1, "", False) for cut in cuts]
     general = General(own=texts, plain=[], held_out={}, seed=0, per_batch=n)
-    general.compute_teacher(model, batch_size)
+    general.compute_teacher(model, batch_size, steps=1)
     return general
 
 

@@ -264,19 +264,27 @@ class General:
     per_batch: int  # texts of a step
     teacher: dict = None  # {Example: (n, d)}
 
-    def compute_teacher(self, model, batch_size, earlier=None):
-        """earlier (q, d): prompts that stand before all text already."""
-        examples = list(dict.fromkeys(self.own + self.plain))
+    def compute_teacher(self, model, batch_size, steps, earlier=None):
+        """Read the texts that so many steps draw, without the prompt.
+
+        earlier (q, d): prompts that stand before all text already.
+        """
+        examples = list(dict.fromkeys(e for step in range(steps) for e in self.texts_of(step)))
         hidden = answer_hidden(model, examples, earlier, batch_size=batch_size)
         self.teacher = dict(zip(examples, hidden))
 
-    def draw(self, step, device):
-        """The texts of a step -> a Keep: this process's share of them."""
+    def texts_of(self, step):
+        """The texts of a step."""
         rng = random.Random(f"general {self.seed} {step}")
         texts = []
         for _ in range(self.per_batch):
             is_plain = self.plain and rng.random() < PLAIN
             texts.append(rng.choice(self.plain if is_plain else self.own))
+        return texts
+
+    def draw(self, step, device):
+        """The texts of a step -> a Keep: this process's share of them."""
+        texts = self.texts_of(step)
         mine, is_surplus = own_share(texts)
         tokens = math.inf if is_surplus else sum(e.n for e in texts)
         return Keep(collate(mine, device), torch.cat([self.teacher[e] for e in mine]), tokens)

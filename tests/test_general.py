@@ -119,7 +119,7 @@ def test_every_step_draws_its_own_texts_and_a_seed_the_same():
     drawn = []
     for seed in (0, 0, 1):
         some = General(texts[:8], texts[8:], {}, seed, 3)
-        some.compute_teacher(llama, 4)
+        some.compute_teacher(llama, 4, 200)
         steps = [some.draw(step, "cpu") for step in range(20)]
         drawn.append([keep.batch.tokens.tolist() for keep in steps])
         for keep in steps:
@@ -130,6 +130,14 @@ def test_every_step_draws_its_own_texts_and_a_seed_the_same():
     starts = [list(e.ids[:4]) for e in texts[8:]]
     share = sum(row[:4] in starts for row in is_plain) / 200
     assert 0.15 < share < 0.35
+
+
+def test_the_teacher_reads_only_the_texts_that_are_drawn():
+    texts = texts_of(12)
+    some = General(texts[:8], texts[8:], {}, 0, 1)
+    some.compute_teacher(tiny(), 4, 3)
+    assert set(some.teacher) == {e for step in range(3) for e in some.texts_of(step)}
+    assert 0 < len(some.teacher) <= 3
 
 
 # --------------------------------------------------------------------------------------- the texts
