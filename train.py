@@ -40,7 +40,7 @@ from support.general import make_general
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
 from support.options import parse
-from support.plan import DEMO_PLAN, print_plan, print_time
+from support.plan import DEMO_PLAN, print_estimate, print_plan, print_time
 from support.processes import any_process, join_group, of_all_processes, own_share, ranks, say
 from support.processes import shard, sum_over_processes
 from support.rows import check_rows
@@ -310,6 +310,8 @@ def prepare(args, splits, mode, change=None):
     prepare_layers(model, args)
     base_sha256 = fingerprint(args.model)
     args.earlier = args.earlier.to(model.device)
+    if mode == "new":
+        print_estimate(args, model, tokenizer, splits)
     asked = asked_of_model(args, splits)
     written = own_retain(args, splits, model, tokenizer, base_sha256)
     splits |= written

@@ -50,7 +50,7 @@ class Batches:
         self.means = {True: 1.0, False: 1.0}  # m of the rows to forget, and of the others
         self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
         self.per_epoch = len(self.current)
-        self.epochs = epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / self.per_epoch))
+        self.epochs = epochs or epochs_of(self.per_epoch)
         self.shares = shares(*map(len, self.sides), batch_size)
         self.raised = at_least(math.ceil(FEWEST_DRAWS / len(self)), self.shares)
 
@@ -111,6 +111,11 @@ class Batches:
         step = epoch * self.per_epoch + n
         batches = asked_in_ways(batches, self.rows, self.ways, rng, step)
         return [(indices, [weights[i % self.rows] for i in indices]) for indices in batches]
+
+
+def epochs_of(per_epoch):
+    """The epochs of so many batches each, where the user says nothing."""
+    return max(EPOCHS, math.ceil(FEWEST_STEPS / per_epoch))
 
 
 def draw_rows(rows, hardness, k, rng):

@@ -1,16 +1,24 @@
 """What train.py says before it starts: sizes, memory, steps."""
 
 import math
+import time
 
 import torch
 
-from data import common_prefix
-from support.general import LONGEST
-from support.hardware import step_memory, window_warning
+from data import common_prefix, make_examples
+from spul import answer_hidden
+from support.asking import TRIED
+from support.batches import epochs_of
+from support.general import LONGEST, WRITTEN_TEXTS, texts_of_step
+from support.hardware import row_limit, step_memory, window_warning
 from support.processes import gather_full, ranks, say
+from support.self_written import rows_to_write
 
 
+READ = 32  # rows
+ASKED_OTHERWISE = 600  # rows of both sides, in ways that nobody trained in
 STEP = 5  # tokens read in the time that a step takes for one: forward and backward, fewer rows
+WRITE = 3  # tokens read in the time that it takes to write one, with some dozens of texts at once
 
 DEMO_PLAN = (
     "No --model: this is the bundled demo, a tiny model that knows film reviews, science and some "
@@ -88,6 +96,43 @@ def plan_lines(job):
     yield "run", (
         f"{where}, {steps} steps in {args.epochs} epochs, lr {args.lr:g}, {loss}, "
         f"seed {args.seed} -> {args.out}"
+    )
+
+
+def print_estimate(args, model, tokenizer, splits):
+    """Say how long the whole run takes, before it writes anything: what is known after one reading.
+
+    `print_time` says it again, once rows and texts are there.
+    """
+    forget = splits["train forget"]
+    limit = row_limit(args, args.num_tokens + args.earlier.q)
+    examples, _ = make_examples(forget[:READ], tokenizer, args.template, limit)
+    answer_hidden(model, examples)  # the first time takes longer
+    began = time.perf_counter()
+    sum(h.sum() for h in answer_hidden(model, examples)).item()  # waits for a GPU
+    length = mean_length(examples)  # tokens
+    a_token = (time.perf_counter() - began) / (length * len(examples))  # seconds
+
+    writing = 0  # tokens
+    if args.gamma and not args.general:
+        writing += WRITTEN_TEXTS * LONGEST
+    retain = len(splits.get("train retain", ()))
+    if not retain:
+        retain = rows_to_write(args, forget)
+        writing += retain * length
+    per_epoch = math.ceil((len(forget) + retain) / args.batch_size)
+    steps = per_epoch * (args.epochs or epochs_of(per_epoch))
+    of_step = args.batch_size * length
+    if args.gamma:
+        of_step += texts_of_step(args.batch_size) * LONGEST
+    most = args.measure_rows or math.inf
+    measured = sum(min(len(rows), most) for rows in splits.values()) + ASKED_OTHERWISE
+    reading = (2 * measured + TRIED * args.rewordings) * length
+    parts = [steps * of_step * STEP, writing * WRITE, reading]
+    whole, training, writing, reading = (shown_time(a_token * n) for n in (sum(parts), *parts))
+    say(
+        f"{'time':8} about {whole} in all: {writing} to write texts, {training} for {steps} steps, "
+        f"{reading} to measure"
     )
 
 

@@ -55,6 +55,11 @@ def own_retain(args, splits, model, tokenizer, sha256):
     return {TRAINED: rows}
 
 
+def rows_to_write(args, forget):
+    """How many rows to retain the model writes, if there are none."""
+    return args.write_retain or min(max(FEWEST_ROWS, ROWS_EACH * len(forget)), MOST_ROWS)
+
+
 def write_retain(args, forget, model, tokenizer, sha256):
     """{split: rows}: texts like those to forget, which the model writes and labels itself.
 
@@ -63,7 +68,7 @@ def write_retain(args, forget, model, tokenizer, sha256):
 
     This keeps what the model says of itself, not what users ask of it.
     """
-    n = args.write_retain or min(max(FEWEST_ROWS, ROWS_EACH * len(forget)), MOST_ROWS)
+    n = rows_to_write(args, forget)
     back = min(KEPT_BACK, n // 5)
     file = run_folder(args.out) / TEXTS
     say(

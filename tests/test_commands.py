@@ -47,12 +47,14 @@ def test_the_run_says_its_numbers_first_and_shows_the_table_last(folder, files, 
     done = command("train.py", *train_args(folder, files, tmp_path / "p", tests=True))
     assert done.returncode == 0, done.stderr
     in_order = [
+        "time     about",  # as soon as one reading says how fast the machine is
+        "s for 14 steps,",
         "4 x 32",
         "trainable",
         "12 to forget, 40 to keep",
         "float32 on cpu, 14 steps",
         "alpha 3.0, beta 0.5, kl_position aligned",
-        "time     about",
+        "to measure after them; ",
         "train forget",
         "test retain",
         "without the prompt all of it is back",
@@ -80,6 +82,31 @@ def test_the_time_is_that_of_the_steps_left_and_of_measuring(capsys):
     job.general = None
     plan.print_time(job, 10, 2, 1)
     assert "about 9 s more: 7 s for 10 steps, 2 s to" in capsys.readouterr().out
+
+
+def test_the_estimate_counts_steps_texts_and_what_is_measured(monkeypatch, capsys):
+    examples = [Example(tuple(range(20)), 1, "", False)] * 32
+    monkeypatch.setattr(plan, "make_examples", lambda *_: (examples, 0))
+    monkeypatch.setattr(plan, "answer_hidden", lambda *_: [torch.zeros(1, 4)])
+    monkeypatch.setattr(plan, "row_limit", lambda *_: 99)
+    clock = iter([0.0, 0.64, 5.0, 5.64])  # 32 rows of 20 tokens: a token takes 1 ms
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    options = {"gamma": 8, "general": None, "epochs": None, "batch_size": 8, "rewordings": 4}
+    options |= {"measure_rows": 30, "num_tokens": 4, "template": None, "write_retain": None}
+    args = argparse.Namespace(**options, earlier=argparse.Namespace(q=0))
+    splits = {"train forget": [0] * 40, "train retain": [0] * 120}
+    plan.print_estimate(args, None, None, splits)
+    training = 300 * (8 * 20 + 96) * plan.STEP  # ms; 20 steps an epoch, so there are 15 of them
+    writing = 256 * 96 * plan.WRITE
+    reading = (2 * (30 + 30 + 600) + 4 * 25) * 20
+    whole = (training + writing + reading) / 60000
+    assert capsys.readouterr().out == (
+        f"time     about {whole:.0f} minutes in all: {writing / 1000:.0f} s to write texts, "
+        f"{training / 60000:.0f} minutes for 300 steps, {reading / 1000:.0f} s to measure\n"
+    )
+    args.gamma = 0
+    plan.print_estimate(args, None, None, {"train forget": [0] * 40})  # and 256 rows of 20 tokens
+    assert f"{256 * 20 * plan.WRITE / 1000:.0f} s to write texts" in capsys.readouterr().out
 
 
 def test_at_most_so_many_rows_of_each_split_are_measured(folder, files, trained, tmp_path):
