@@ -617,8 +617,11 @@ class Llama(nn.Module):
             raise FloatingPointError("the model's output is not a number: its weights are broken")
         if temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
-        probabilities = F.softmax(logits / temperature, dim=-1)
-        return torch.multinomial(probabilities, 1, generator=generator)
+        up_to = F.softmax(logits / temperature, dim=-1).cumsum(dim=-1)  # (B, V)
+        # torch.multinomial draws V numbers a row, which is slow on a CPU.
+        drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device)  # (B, 1)
+        token = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True)
+        return token.clamp(max=logits.shape[1] - 1)  # as rounding can lead beyond the last one
 
     # ------------------------------------------------------------------------------------- loading
 

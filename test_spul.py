@@ -260,6 +260,19 @@ def test_generation_ends_before_the_end_token(kind):
     assert ended[0] == free[0][: free[0].index(end)]
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    likely = torch.tensor([0.1, 0.0, 0.2, 0.7, 0.0])
+    logits = likely.log().expand(4000, 5)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Llama.sample(None, logits, 1.0, generator)
+    assert drawn.shape == (4000, 1)
+    share = torch.bincount(drawn[:, 0], minlength=5) / 4000
+    torch.testing.assert_close(share, likely, atol=0.02, rtol=0)
+    assert share[1] == share[4] == 0
+    flatter = torch.bincount(Llama.sample(None, logits, 2.0, generator)[:, 0], minlength=5) / 4000
+    torch.testing.assert_close(flatter, likely.sqrt() / likely.sqrt().sum(), atol=0.02, rtol=0)
+
+
 @BOTH
 def test_sampling_follows_its_generator_and_its_temperature(kind):
     llama = tiny(kind=kind, eos_token_id=None)
