@@ -458,6 +458,7 @@ def test_the_curve_of_a_run_ends_where_its_table_does(tmp_path):
     assert done.returncode == 0, done.stderr
     info = json.loads((out / "spul.json").read_text())
     lines = json.loads((out / "curve.json").read_text())
+    assert all(0 <= share <= 100 for line in lines for share in line["averaged"])
     assert [line["step"] for line in lines] == [50, info["steps"]]
     assert lines[-1]["seconds"] == round(info["seconds"])
     before, after = info["results"]["without"], info["results"]["with"]
