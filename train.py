@@ -391,10 +391,10 @@ def measure_splits(job, phi=None, known=None):
     return results
 
 
-def measure_before(job):
+def measure_before(job, done=0):
     """Without the prompt: {split: what is measured}, and the Teacher, which has read some rows.
 
-    Earlier prompts stand before all rows already.
+    Earlier prompts stand before all rows already. done: the steps done before --resume.
     """
     args = job.args
     earlier = args.earlier.phi
@@ -415,7 +415,7 @@ def measure_before(job):
     for name in [name for name in before if leaves_out(name, before)]:
         del before[name], job.measured[name]
     if job.general:
-        steps = len(job.batches)
+        steps = range(done, len(job.batches))
         job.general.compute_teacher(job.model, args.read_batch_size, steps, earlier)
     return before, teacher
 
@@ -490,8 +490,8 @@ def main(argv=None, change=None):
     job = prepare(args, splits, mode, change)
     print_plan(job)
     began = time.perf_counter()
-    before, teacher = measure_before(job)
     done = read_run(run_folder(args.out))[0] if mode == "resume" else 0
+    before, teacher = measure_before(job, done)
     now = time.perf_counter()
     print_time(job, len(job.batches) - done, now - began, now - start)
     if is_first and mode == "new":

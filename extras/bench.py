@@ -5,16 +5,17 @@
 Without arguments it takes the bundled demo model and its rows. All that is compared takes turns in
 one run, and each figure is the median of the rounds. The step of fast.py is measured, and as one
 more line that of model.py, on the same weights; with --plain only the latter. "and L_keep" are
-steps that also read general text, one of 96 tokens for every 8 rows, as train.py's do. On a CPU
-both sides also take the step in the other dtype, as one may be faster for one side alone.
+steps that also read general text, one of 96 tokens for every 8 rows, as train.py's do. On a CPU,
+where both sides are measured without --compile, they also take the step in the other dtype, on a
+copy of the weights: one dtype may be faster for one side alone.
 
 The columns of a training step:
 
     tokens/s   tokens of the rows, from BOS to answer, without prompt and padding
     TFLOP/s    model FLOPs: for each token 4 per weight of the layers (2 forward, 2 backward; the
                weights get no gradient), and for each scored position 4 d V for the head
-    of peak    that rate over the one of a large matrix product in the same dtype; not said of the
-               other one
+    of peak    that rate over the one of a large matrix product in the same dtype; it and memory
+               are not said of the other one
     loss       of the first step, from the same prompt on every line with the same p
     ratio      examples/s over those of "spul, p = 30"
 
@@ -239,7 +240,7 @@ def general_texts(model, examples, batch_size):
     cuts = [tuple(ids[i * LONGEST : (i + 1) * LONGEST]) for i in range(n)]
     texts = [Example(cut, LONGEST - 1, "", False) for cut in cuts]
     general = General(own=texts, plain=[], held_out={}, seed=0, per_batch=n)
-    general.compute_teacher(model, batch_size, steps=1)
+    general.compute_teacher(model, batch_size, steps=[0])
     return general
 
 
@@ -407,7 +408,7 @@ def measure_training(model, examples, batches, args, peers):
             "tokens/s": tokens / t,
             "TFLOP/s": flops / t / 1e12,
             "of peak": None if OTHER in name else flops / t / peak,
-            "peak GB": (weight_bytes(model) + growth) / 1e9,
+            "peak GB": None if OTHER in name else (weight_bytes(model) + growth) / 1e9,
             "loss": loss,
             "ratio": base / t,
         }

@@ -2,8 +2,8 @@
 
 With the options of train.py it learns a prompt. Before that one is measured, the prompts of every
 50th step are, on train rows, and at each of these steps the moving average of the prompts up to it,
-in which each further step back counts 2 % less. The lines go into curve.json in the prompt's
-folder.
+in which each further step back counts 2 % less, and the first prompt all that is left. The lines go
+into curve.json in the prompt's folder.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ class Erase:
             teacher = teacher.scatter(1, targets[:, None], -1e4)
             return kl_loss(student, teacher, len(targets))
         ratios = token_losses(teacher, targets) - token_losses(student, targets)  # log(g / h)
-        of_rows = torch.zeros(ROWS).index_add(0, batch.rows[is_later], ratios)
+        of_rows = ratios.new_zeros(ROWS).index_add(0, batch.rows[is_later], ratios)
         return -2 / BETA * F.logsigmoid(-BETA * of_rows).mean()
 
 
@@ -77,6 +77,8 @@ def main(argv):
         raise ValueError(f"usage: python results/erase.py {'|'.join(KINDS)} WEIGHT OPTIONS")
     if "--resume" in argv:
         raise ValueError("--resume: which rows were drawn is not kept; begin anew")
+    if "--after" in argv:
+        raise ValueError("--after: the loss knows nothing of earlier prompts")
     kind, weight = argv[0], float(argv[1])
     prepare, losses = train.prepare, train.losses
     term = None

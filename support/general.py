@@ -265,11 +265,11 @@ class General:
     teacher: dict = None  # {Example: (n, d)}
 
     def compute_teacher(self, model, batch_size, steps, earlier=None):
-        """Read the texts that so many steps draw, without the prompt.
+        """Read the texts that these steps draw, without the prompt.
 
         earlier (q, d): prompts that stand before all text already.
         """
-        examples = list(dict.fromkeys(e for step in range(steps) for e in self.texts_of(step)))
+        examples = list(dict.fromkeys(e for step in steps for e in self.texts_of(step)))
         hidden = answer_hidden(model, examples, earlier, batch_size=batch_size)
         self.teacher = dict(zip(examples, hidden))
 

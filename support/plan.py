@@ -1,4 +1,4 @@
-"""What train.py says before it starts: sizes, memory, steps."""
+"""What train.py says before it starts: sizes, memory, steps, time."""
 
 import math
 import time
@@ -9,10 +9,13 @@ from data import common_prefix, make_examples
 from spul import answer_hidden
 from support.asking import TRIED
 from support.batches import epochs_of
-from support.general import LONGEST, WRITTEN_TEXTS, texts_of_step
+from support.elsewhere import SENTENCE
+from support.general import ANSWER, LONGEST, QUERY, WRITTEN_TEXTS, texts_of_step
 from support.hardware import row_limit, step_memory, window_warning
 from support.processes import gather_full, ranks, say
 from support.self_written import rows_to_write
+from support.state import GENERAL, TEXTS, run_folder
+from support.writing import read_written
 
 
 READ = 32  # rows
@@ -100,40 +103,60 @@ def plan_lines(job):
 
 
 def print_estimate(args, model, tokenizer, splits):
-    """Say how long the whole run takes, before it writes anything: what is known after one reading.
+    """Say how long the whole run takes, before anything is written: what one reading tells.
 
     `print_time` says it again, once rows and texts are there.
     """
     forget = splits["train forget"]
     limit = row_limit(args, args.num_tokens + args.earlier.q)
     examples, _ = make_examples(forget[:READ], tokenizer, args.template, limit)
-    answer_hidden(model, examples)  # the first time takes longer
-    began = time.perf_counter()
-    sum(h.sum() for h in answer_hidden(model, examples)).item()  # waits for a GPU
+    for _ in range(2):  # the first time takes longer
+        began = time.perf_counter()
+        sum(h.sum() for h in answer_hidden(model, examples)).item()  # waits for a GPU
     length = mean_length(examples)  # tokens
     a_token = (time.perf_counter() - began) / (length * len(examples))  # seconds
+    steps, training = expected_training(args, splits, length)
+    writing = WRITE * expected_texts(args, forget, length)
+    most = args.measure_rows or math.inf
+    measured = sum(min(len(rows), most) for rows in splits.values()) + ASKED_OTHERWISE
+    answer = sum(e.n for e in examples) / len(examples)  # tokens
+    written = answer * WRITE if answer >= SENTENCE else 0  # a word's is read off
+    measuring = 2 * measured * (length + written) + TRIED * args.rewordings * length
+    processes = ranks()[1]  # these share steps and reading
+    parts = [training / processes, writing, measuring / processes]
+    whole, *parts = (shown_time(a_token * tokens) for tokens in (sum(parts), *parts))
+    say(
+        f"{'time':8} about {whole} to go: {parts[1]} to write texts, {parts[0]} for about {steps} "
+        f"steps, {parts[2]} to measure"
+    )
 
-    writing = 0  # tokens
-    if args.gamma and not args.general:
-        writing += WRITTEN_TEXTS * LONGEST
-    retain = len(splits.get("train retain", ()))
-    if not retain:
-        retain = rows_to_write(args, forget)
-        writing += retain * length
+
+def expected_training(args, splits, length):
+    """How many steps there will be, and as how many tokens read they count."""
+    forget = splits["train forget"]
+    retain = len(splits.get("train retain", ())) or rows_to_write(args, forget)
+    retain += len(args.earlier.rows)
     per_epoch = math.ceil((len(forget) + retain) / args.batch_size)
+    if isinstance(k := args.forget_per_batch, int):
+        per_epoch = math.ceil(retain / (args.batch_size - k))
     steps = per_epoch * (args.epochs or epochs_of(per_epoch))
     of_step = args.batch_size * length
     if args.gamma:
         of_step += texts_of_step(args.batch_size) * LONGEST
-    most = args.measure_rows or math.inf
-    measured = sum(min(len(rows), most) for rows in splits.values()) + ASKED_OTHERWISE
-    reading = (2 * measured + TRIED * args.rewordings) * length
-    parts = [steps * of_step * STEP, writing * WRITE, reading]
-    whole, training, writing, reading = (shown_time(a_token * n) for n in (sum(parts), *parts))
-    say(
-        f"{'time':8} about {whole} in all: {writing} to write texts, {training} for {steps} steps, "
-        f"{reading} to measure"
-    )
+    return steps, STEP * steps * of_step
+
+
+def expected_texts(args, forget, length):
+    """How many tokens the model still has to write: general text, and rows to retain."""
+    run = run_folder(args.out)
+    tokens = 0
+    if args.gamma and not args.general:
+        missing = max(0, WRITTEN_TEXTS - len(read_written(run / GENERAL)))
+        tokens += missing * (QUERY + ANSWER)
+    if not args.retain:
+        missing = max(0, rows_to_write(args, forget) - len(read_written(run / TEXTS)))
+        tokens += missing * length
+    return tokens
 
 
 def print_time(job, steps, measuring, spent):

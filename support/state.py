@@ -26,7 +26,7 @@ TEXTS = "texts.jsonl"  # what the model wrote to make retain rows of
 RUN_FILES = (STATE, LOG, WRITTEN, GENERAL, TEXTS)
 PROMPT_FILES = ("spul.json", "adapter_model.safetensors", "adapter_config.json")  # 1st: it is whole
 GATE_FILES = ("gate.json", "gate.safetensors")  # of extras/gate.py, in the prompt's folder
-FORMAT = 6  # of the description of a run, and of how its rows are drawn
+FORMAT = 7  # of the description of a run, and of how its rows are drawn
 
 
 def run_folder(out):

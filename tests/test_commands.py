@@ -24,7 +24,7 @@ from support import hardware, plan
 from support.files import read_text, write_whole
 from support.identity import fingerprint
 from support.options import PAPER, parse
-from support.state import PROMPT_FILES, STATE, read_run
+from support.state import PROMPT_FILES, STATE, read_run, run_folder
 from support.tokenizer import Tokenizer
 from tests.helpers import call, command, kill_when, logged, phi_of, start, stop_at
 from tests.helpers import tiny, train_args, without, write_rows
@@ -48,7 +48,7 @@ def test_the_run_says_its_numbers_first_and_shows_the_table_last(folder, files, 
     assert done.returncode == 0, done.stderr
     in_order = [
         "time     about",  # as soon as one reading says how fast the machine is
-        "s for 14 steps,",
+        "s for about 14 steps,",
         "4 x 32",
         "trainable",
         "12 to forget, 40 to keep",
@@ -84,29 +84,45 @@ def test_the_time_is_that_of_the_steps_left_and_of_measuring(capsys):
     assert "about 9 s more: 7 s for 10 steps, 2 s to" in capsys.readouterr().out
 
 
-def test_the_estimate_counts_steps_texts_and_what_is_measured(monkeypatch, capsys):
-    examples = [Example(tuple(range(20)), 1, "", False)] * 32
-    monkeypatch.setattr(plan, "make_examples", lambda *_: (examples, 0))
+def test_the_estimate_counts_steps_texts_and_what_is_measured(monkeypatch, capsys, tmp_path):
+    answer = 1
     monkeypatch.setattr(plan, "answer_hidden", lambda *_: [torch.zeros(1, 4)])
     monkeypatch.setattr(plan, "row_limit", lambda *_: 99)
-    clock = iter([0.0, 0.64, 5.0, 5.64])  # 32 rows of 20 tokens: a token takes 1 ms
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
-    options = {"gamma": 8, "general": None, "epochs": None, "batch_size": 8, "rewordings": 4}
-    options |= {"measure_rows": 30, "num_tokens": 4, "template": None, "write_retain": None}
-    args = argparse.Namespace(**options, earlier=argparse.Namespace(q=0))
-    splits = {"train forget": [0] * 40, "train retain": [0] * 120}
-    plan.print_estimate(args, None, None, splits)
+
+    def said(splits, **changed):
+        examples = [Example(tuple(range(20)), answer, "", False)] * 32
+        monkeypatch.setattr(plan, "make_examples", lambda *_: (examples, 0))
+        clock = iter([0.0, 5.0, 5.64])  # the second time 32 rows of 20 tokens take 1 ms a token
+        monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+        options = {"gamma": 8, "general": None, "epochs": None, "batch_size": 8, "rewordings": 4}
+        options |= {"measure_rows": 30, "num_tokens": 4, "template": None, "write_retain": None}
+        options |= {"out": tmp_path / "p", "retain": "file", "forget_per_batch": "loss"}
+        args = argparse.Namespace(**options | changed)
+        args.earlier = argparse.Namespace(q=0, rows=[0] * changed.get("earlier_rows", 0))
+        plan.print_estimate(args, None, None, splits)
+        return capsys.readouterr().out
+
+    both = {"train forget": [0] * 40, "train retain": [0] * 120}
     training = 300 * (8 * 20 + 96) * plan.STEP  # ms; 20 steps an epoch, so there are 15 of them
-    writing = 256 * 96 * plan.WRITE
+    writing = 256 * (32 + 48) * plan.WRITE
     reading = (2 * (30 + 30 + 600) + 4 * 25) * 20
-    whole = (training + writing + reading) / 60000
-    assert capsys.readouterr().out == (
-        f"time     about {whole:.0f} minutes in all: {writing / 1000:.0f} s to write texts, "
-        f"{training / 60000:.0f} minutes for 300 steps, {reading / 1000:.0f} s to measure\n"
+    assert said(both) == (
+        f"time     about {(training + writing + reading) / 60000:.0f} minutes to go: "
+        f"{writing / 1000:.0f} s to write texts, {training / 60000:.0f} minutes for about 300 "
+        f"steps, {reading / 1000:.0f} s to measure\n"
     )
-    args.gamma = 0
-    plan.print_estimate(args, None, None, {"train forget": [0] * 40})  # and 256 rows of 20 tokens
-    assert f"{256 * 20 * plan.WRITE / 1000:.0f} s to write texts" in capsys.readouterr().out
+    assert "300 steps" in said(both, forget_per_batch=2)  # 20 an epoch
+    assert "360 steps" in said(both, forget_per_batch=4, epochs=12)
+    assert "44 steps" in said(both, epochs=2, earlier_rows=16)
+    alone = said({"train forget": [0] * 40}, gamma=0, retain=None)  # 256 rows of 20 tokens
+    assert f" {256 * 20 * plan.WRITE / 1000:.0f} s to write texts" in alone
+    run_folder(tmp_path / "p").mkdir()
+    lines = ['{"head": 1}', *['{"text": "a"}'] * 56]
+    (run_folder(tmp_path / "p") / "general.jsonl").write_text("\n".join(lines))
+    assert f" {200 * 80 * plan.WRITE / 1000:.0f} s to write texts" in said(both)
+    answer = 10
+    reading += 2 * 660 * 10 * plan.WRITE
+    assert f" {reading / 1000:.0f} s to measure" in said(both, measure_rows=30)
 
 
 def test_at_most_so_many_rows_of_each_split_are_measured(folder, files, trained, tmp_path):

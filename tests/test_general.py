@@ -119,7 +119,7 @@ def test_every_step_draws_its_own_texts_and_a_seed_the_same():
     drawn = []
     for seed in (0, 0, 1):
         some = General(texts[:8], texts[8:], {}, seed, 3)
-        some.compute_teacher(llama, 4, 200)
+        some.compute_teacher(llama, 4, range(200))
         steps = [some.draw(step, "cpu") for step in range(20)]
         drawn.append([keep.batch.tokens.tolist() for keep in steps])
         for keep in steps:
@@ -135,7 +135,7 @@ def test_every_step_draws_its_own_texts_and_a_seed_the_same():
 def test_the_teacher_reads_only_the_texts_that_are_drawn():
     texts = texts_of(12)
     some = General(texts[:8], texts[8:], {}, 0, 1)
-    some.compute_teacher(tiny(), 4, 3)
+    some.compute_teacher(tiny(), 4, range(3))
     assert set(some.teacher) == {e for step in range(3) for e in some.texts_of(step)}
     assert 0 < len(some.teacher) <= 3
 
