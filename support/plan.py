@@ -7,7 +7,7 @@ import torch
 
 from data import common_prefix, make_examples
 from spul import answer_hidden
-from support.asking import TRIED
+from support.asking import TRIED, spread
 from support.batches import epochs_of
 from support.elsewhere import SENTENCE
 from support.general import ANSWER, LONGEST, QUERY, WRITTEN_TEXTS, texts_of_step
@@ -18,9 +18,10 @@ from support.state import GENERAL, TEXTS, run_folder
 from support.writing import read_written
 
 
-READ = 32  # rows
+READ = 32  # rows of middle length, out of
+LOOKED_AT = 256
 ASKED_OTHERWISE = 600  # rows of both sides, in ways that nobody trained in
-STEP = 5  # tokens read in the time that a step takes for one: forward and backward, fewer rows
+STEP = 4  # tokens read in the time that a step takes for one: forward and backward, fewer rows
 WRITE = 3  # tokens read in the time that it takes to write one, with some dozens of texts at once
 
 DEMO_PLAN = (
@@ -109,12 +110,14 @@ def print_estimate(args, model, tokenizer, splits):
     """
     forget = splits["train forget"]
     limit = row_limit(args, args.num_tokens + args.earlier.q)
-    examples, _ = make_examples(forget[:READ], tokenizer, args.template, limit)
+    examples, _ = make_examples(spread(forget, LOOKED_AT), tokenizer, args.template, limit)
+    length = mean_length(examples)  # tokens
+    first = max(0, len(examples) - READ) // 2
+    middle = sorted(examples, key=lambda e: len(e.ids))[first : first + READ]
     for _ in range(2):  # the first time takes longer
         began = time.perf_counter()
-        sum(h.sum() for h in answer_hidden(model, examples)).item()  # waits for a GPU
-    length = mean_length(examples)  # tokens
-    a_token = (time.perf_counter() - began) / (length * len(examples))  # seconds
+        sum(h.sum() for h in answer_hidden(model, middle)).item()  # waits for a GPU
+    a_token = (time.perf_counter() - began) / (mean_length(middle) * len(middle))  # seconds
     steps, training = expected_training(args, splits, length)
     writing = WRITE * expected_texts(args, forget, length)
     most = args.measure_rows or math.inf

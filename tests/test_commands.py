@@ -73,15 +73,15 @@ def test_the_time_is_that_of_the_steps_left_and_of_measuring(capsys):
     args = argparse.Namespace(batch_size=8)
     general = argparse.Namespace(own=texts[:1], plain=texts[1:], per_batch=2)
     job = argparse.Namespace(args=args, examples=rows, general=general, reading=0.0007)
-    plan.print_time(job, 100, 30, 45)
-    seconds = 100 * (8 * 25 + 2 * 60) * plan.STEP * 0.0007  # 112
+    plan.print_time(job, 200, 30, 45)
+    seconds = 200 * (8 * 25 + 2 * 60) * plan.STEP * 0.0007  # 179
     assert capsys.readouterr().out == (
         f"time     about {(seconds + 30) / 60:.0f} minutes more: {seconds / 60:.0f} minutes for "
-        "100 steps, 30 s to measure after them; 45 s so far\n"
+        "200 steps, 30 s to measure after them; 45 s so far\n"
     )
     job.general = None
     plan.print_time(job, 10, 2, 1)
-    assert "about 9 s more: 7 s for 10 steps, 2 s to" in capsys.readouterr().out
+    assert "about 8 s more: 6 s for 10 steps, 2 s to" in capsys.readouterr().out
 
 
 def test_the_estimate_counts_steps_texts_and_what_is_measured(monkeypatch, capsys, tmp_path):
@@ -90,9 +90,10 @@ def test_the_estimate_counts_steps_texts_and_what_is_measured(monkeypatch, capsy
     monkeypatch.setattr(plan, "row_limit", lambda *_: 99)
 
     def said(splits, **changed):
-        examples = [Example(tuple(range(20)), answer, "", False)] * 32
+        lengths = [30] * 20 + [10] * 20 + [20] * 32
+        examples = [Example(tuple(range(n)), answer, "", False) for n in lengths]
         monkeypatch.setattr(plan, "make_examples", lambda *_: (examples, 0))
-        clock = iter([0.0, 5.0, 5.64])  # the second time 32 rows of 20 tokens take 1 ms a token
+        clock = iter([0.0, 5.0, 5.64])  # the second time 32 rows, of 20 tokens, take 1 ms each
         monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
         options = {"gamma": 8, "general": None, "epochs": None, "batch_size": 8, "rewordings": 4}
         options |= {"measure_rows": 30, "num_tokens": 4, "template": None, "write_retain": None}
