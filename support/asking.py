@@ -248,6 +248,9 @@ def wordings_of(templates, n, seed):
 def after_another(rows, others, rng, generic=None):
     """Each row after one of the others and that one's answer, or a generic one.
 
+    The first one's answer is not scored: what comes before it is that row's query alone, and a
+    causal model answers it as it does there, which other batches train.
+
     Rows of prompt and completion stand alone, and so do those with turns of their own.
     """
     others = [row for row in others if not row.raw and not row.turns]
