@@ -32,9 +32,8 @@ class Batches:
     soon learned: importance sampling (Katharopoulos and Fleuret, arXiv 1803.00942).
 
     Where the rows to forget are so few that a run would draw fewer than FEWEST_DRAWS of them, a
-    batch has more than their share, after the first epoch and up to half, unless they lack less
-    than the others. L_f is the mean over a batch's own ones, so they hardly count more for it, and
-    L_f varies less.
+    batch has more than their share, after the first epoch and up to half. L_f is the mean over a
+    batch's own ones, so they hardly count more for it, and L_f varies less.
     """
 
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
@@ -51,8 +50,8 @@ class Batches:
         self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
         self.per_epoch = len(self.current)
         self.epochs = epochs or epochs_of(self.per_epoch)
-        self.shares = shares(*map(len, self.sides), batch_size)
-        self.raised = at_least(math.ceil(FEWEST_DRAWS / len(self)), self.shares)
+        counts = shares(*map(len, self.sides), batch_size)
+        self.counts = at_least(math.ceil(FEWEST_DRAWS / len(self)), counts)
 
     def __len__(self):
         """The steps of the run."""
@@ -97,8 +96,7 @@ class Batches:
             )
             return [(indices, [1.0] * len(indices)) for indices in batches]
         rng = random.Random(f"order {self.seed} {epoch} {n}")
-        counts = self.shares if self.means[True] < self.means[False] else self.raised
-        counts = counts[n : n + AHEAD]
+        counts = self.counts[n : n + AHEAD]
         batches = [[] for _ in counts]
         weights = {}
         for side, k in zip(self.sides, map(sum, zip(*counts))):

@@ -75,8 +75,8 @@ def make_parser(description=""):
     add("--forget-per-batch", type=forget_rows, metavar="K", default="loss",
         help="forget rows in every batch; share: all rows once an epoch, and each batch has its "
         "share of both sides; loss (default): the same, but after the first epoch rows not yet "
-        "learned come more often and count less, and few ones to forget fill up to half of it "
-        "until they lack less than the others; natural (paper): all rows once, as they come")
+        "learned come more often and count less, and few ones to forget fill up to half of it; "
+        "natural (paper): all rows once, as they come")
     add("--measure-rows", type=number(int, 0), default=300, metavar="N",
         help="rows of each split that are measured, at most, evenly from the file (default 300; 0, "
         "paper: all). eval.py measures all")

@@ -105,7 +105,7 @@ def test_where_rows_to_forget_are_few_batches_have_more_of_them_up_to_half(
 ):
     monkeypatch.setattr(of_batches, "FEWEST_DRAWS", draws)
     examples = small_batch(5, 95)
-    steps = run_through(made(examples), lambda i: 2.0 if examples[i].forget else 1.0)
+    steps = run_through(made(examples))
     assert len(steps) == 3 * 13
     counts = forget_rows(examples, steps)
     assert set(counts[:13]) == {0, 1}  # every row once
@@ -115,12 +115,6 @@ def test_where_rows_to_forget_are_few_batches_have_more_of_them_up_to_half(
     mostly_forget = small_batch(95, 5)
     counts = forget_rows(mostly_forget, run_through(made(mostly_forget)))
     assert set(counts[13:]) == {7, 8}
-
-
-def test_few_rows_to_forget_have_their_share_once_they_lack_less_than_the_others():
-    examples = small_batch(5, 95)
-    steps = run_through(made(examples), lambda i: 0.1 if examples[i].forget else 1.0)
-    assert set(forget_rows(examples, steps)) == {0, 1}
 
 
 def test_every_second_batch_drawn_by_loss_is_asked_in_the_first_way():
