@@ -13,6 +13,7 @@ Letters: B rows, T tokens of the longest, n answer tokens of a row, N answer tok
 """
 
 import os.path
+import statistics
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from support.rows import check_labelled, normalised, read_fields
 
 TEXT = "{text}"
+SENTENCE = 8  # tokens of an answer
 BETWEEN = "\n\n"  # one row's answer and the next row, where two are asked in one query
 
 
@@ -157,6 +159,11 @@ class Example:
     @property
     def answer(self):
         return self.ids[-self.n :]
+
+
+def are_sentences(examples):
+    """Whether the answers are: half of them have SENTENCE tokens or more."""
+    return statistics.median(e.n for e in examples) >= SENTENCE
 
 
 def answer_ids(tokenizer, label, template=None, end=True):

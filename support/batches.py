@@ -5,8 +5,11 @@ import random
 from bisect import bisect
 from itertools import accumulate, pairwise
 
+from data import are_sentences
+
 EPOCHS = 6  # by default
-FEWEST_STEPS = 300  # by default, too: few rows get more epochs
+FEWEST_STEPS = 300  # by default, too: few rows get more epochs,
+FEWEST_OF_SENTENCES = 600  # and more of them where answers are sentences
 FEWEST_DRAWS = 1200  # aimed at, of rows to forget in a run: batches have more of few ones
 WINDOW = 50  # batches within which rows are sorted by length, as group_by_length does
 BY_LOSS = 0.5  # of the draws; the rest are uniform, so that no row counts more than twice
@@ -37,7 +40,7 @@ class Batches:
     """
 
     def __init__(self, examples, ways, epochs, batch_size, seed, forget_per_batch):
-        """epochs None: EPOCHS, or more where these make fewer than FEWEST_STEPS."""
+        """epochs None: as `epochs_of` says."""
         self.examples = examples
         self.ways = ways
         self.batch_size = batch_size
@@ -49,7 +52,8 @@ class Batches:
         self.means = {True: 1.0, False: 1.0}  # m of the rows to forget, and of the others
         self.current = self.draw(0, 0)  # batches of the epoch: indices, and a weight for each
         self.per_epoch = len(self.current)
-        self.epochs = epochs or epochs_of(self.per_epoch)
+        answers = [e for e in examples[: self.rows] if not e.forget]  # true ones
+        self.epochs = epochs or epochs_of(self.per_epoch, are_sentences(answers))
         counts = shares(*map(len, self.sides), batch_size)
         self.counts = at_least(math.ceil(FEWEST_DRAWS / len(self)), counts)
 
@@ -111,9 +115,10 @@ class Batches:
         return [(indices, [weights[i % self.rows] for i in indices]) for indices in batches]
 
 
-def epochs_of(per_epoch):
-    """The epochs of so many batches each, where the user says nothing."""
-    return max(EPOCHS, math.ceil(FEWEST_STEPS / per_epoch))
+def epochs_of(per_epoch, sentences):
+    """How many epochs of so many batches, where the user says nothing: EPOCHS, or more if few."""
+    fewest = FEWEST_OF_SENTENCES if sentences else FEWEST_STEPS
+    return max(EPOCHS, math.ceil(fewest / per_epoch))
 
 
 def draw_rows(rows, hardness, k, rng):

@@ -5,14 +5,13 @@ Letters: p prompt tokens, d width, V vocabulary, n scored tokens of a text.
 
 import math
 import random
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import TEXT, Template, make_examples, read_rows
+from data import TEXT, Template, are_sentences, make_examples, read_rows
 from spul import answer_hidden
 from support.asking import ANSWERED, after_another, in_other_chats, reworded, spread
 from support.general import own_form, sentence_vectors, text_examples
@@ -21,7 +20,6 @@ from support.processes import say
 BY_PEOPLE = Path(__file__).parent / "elsewhere.jsonl"  # written for this project by its authors
 EARLIER = "earlier forget"  # rows that earlier prompts make the model forget
 OTHER_ROWS = 100  # of a split, asked otherwise than in training
-SENTENCE = 8  # tokens of an answer
 # When a verdict is bad.
 CLEARLY = 1.5  # KL above so many times a harmless sentence's
 FORGOTTEN = 0.5  # more than this share of the true answers still comes
@@ -96,8 +94,7 @@ def examples_to_ask(splits, template, generic, tokenizer, limit):
             say(f"{name}: not measured: {e}")
             continue
         yield name, examples, cut
-        is_sentence = statistics.median(e.n for e in examples) >= SENTENCE
-        if name in splits and is_sentence and is_asked_otherwise(name, splits):
+        if name in splits and are_sentences(examples) and is_asked_otherwise(name, splits):
             yield f"{name}, half the answer given", second_halves(examples, tokenizer), 0
 
 

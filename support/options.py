@@ -1,7 +1,7 @@
 """The options of train.py, and the paper's setting of them."""
 
 from spul import Objective
-from support.batches import EPOCHS, FEWEST_STEPS
+from support.batches import EPOCHS, FEWEST_OF_SENTENCES, FEWEST_STEPS
 from support.checks import read_generic
 from support.cli import DEMO, Parser, add_layer_options, add_options, check_required, non_empty
 from support.cli import number, use_demo
@@ -71,7 +71,7 @@ def make_parser(description=""):
         help="highest learning rate (default 1e-2, measured on hundreds of rows; paper 1e-4)")
     add("--epochs", type=number(int, 1),
         help=f"passes over as many rows as there are (default {EPOCHS}, but at least "
-        f"{FEWEST_STEPS} steps; paper 10)")
+        f"{FEWEST_STEPS} steps, of sentences {FEWEST_OF_SENTENCES}; paper 10)")
     add("--forget-per-batch", type=forget_rows, metavar="K", default="loss",
         help="forget rows in every batch; share: all rows once an epoch, and each batch has its "
         "share of both sides; loss (default): the same, but after the first epoch rows not yet "

@@ -5,11 +5,10 @@ import time
 
 import torch
 
-from data import common_prefix, make_examples
+from data import are_sentences, common_prefix, make_examples
 from spul import answer_hidden
 from support.asking import TRIED, spread
 from support.batches import epochs_of
-from support.elsewhere import SENTENCE
 from support.general import ANSWER, LONGEST, QUERY, WRITTEN_TEXTS, texts_of_step
 from support.hardware import row_limit, step_memory, window_warning
 from support.processes import gather_full, ranks, say
@@ -118,13 +117,13 @@ def print_estimate(args, model, tokenizer, splits):
         began = time.perf_counter()
         sum(h.sum() for h in answer_hidden(model, middle)).item()  # waits for a GPU
     a_token = (time.perf_counter() - began) / (mean_length(middle) * len(middle))  # seconds
-    steps, training = expected_training(args, splits, length)
+    sentences = are_sentences(examples)
+    steps, training = expected_training(args, splits, length, sentences)
     writing = WRITE * expected_texts(args, forget, length)
     most = args.measure_rows or math.inf
     measured = sum(min(len(rows), most) for rows in splits.values()) + ASKED_OTHERWISE
-    answer = sum(e.n for e in examples) / len(examples)  # tokens
-    written = answer * WRITE if answer >= SENTENCE else 0  # a word's is read off
-    measuring = 2 * measured * (length + written) + TRIED * args.rewordings * length
+    written = sum(e.n for e in examples) / len(examples) if sentences else 0  # words are read off
+    measuring = 2 * measured * (length + WRITE * written) + TRIED * args.rewordings * length
     processes = ranks()[1]  # these share steps and reading
     parts = [training / processes, writing, measuring / processes]
     whole, *parts = (shown_time(a_token * tokens) for tokens in (sum(parts), *parts))
@@ -134,7 +133,7 @@ def print_estimate(args, model, tokenizer, splits):
     )
 
 
-def expected_training(args, splits, length):
+def expected_training(args, splits, length, sentences):
     """How many steps there will be, and as how many tokens read they count."""
     forget = splits["train forget"]
     retain = len(splits.get("train retain", ())) or rows_to_write(args, forget)
@@ -142,7 +141,7 @@ def expected_training(args, splits, length):
     per_epoch = math.ceil((len(forget) + retain) / args.batch_size)
     if isinstance(k := args.forget_per_batch, int):
         per_epoch = math.ceil(retain / (args.batch_size - k))
-    steps = per_epoch * (args.epochs or epochs_of(per_epoch))
+    steps = per_epoch * (args.epochs or epochs_of(per_epoch, sentences))
     of_step = args.batch_size * length
     if args.gamma:
         of_step += texts_of_step(args.batch_size) * LONGEST

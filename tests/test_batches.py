@@ -1,20 +1,22 @@
 """Which rows a step takes: once each, and after the first epoch by their losses."""
 
+import itertools
 import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 import spul
 import train
-from data import collate
+from data import SENTENCE, collate
 from spul import Objective, SoftPrompt, answer_hidden, answer_loss, kl_loss, token_losses
 from support import batches as of_batches
-from support.batches import AHEAD, EPOCHS, FEWEST_DRAWS, FEWEST_STEPS, Batches, draw_rows
-from support.batches import epoch_batches
+from support.batches import AHEAD, EPOCHS, FEWEST_DRAWS, FEWEST_OF_SENTENCES, FEWEST_STEPS
+from support.batches import Batches, draw_rows, epoch_batches
 from tests.helpers import call, logged, small_batch, teacher_of, tiny, train_args
 
 
@@ -41,6 +43,12 @@ def test_few_rows_have_as_many_epochs_as_make_enough_steps_unless_they_are_given
     assert FEWEST_STEPS <= len(made(few, epochs=None)) < FEWEST_STEPS + 3
     assert made(many, epochs=None).epochs == EPOCHS
     assert made(few, epochs=2).epochs == 2
+    lengths = range(SENTENCE - 2, SENTENCE + 1)  # of answers; the middle one counts
+    for longer, fewest in ((0, FEWEST_STEPS), (1, FEWEST_OF_SENTENCES)):
+        rows = small_batch(3, 18)
+        true = [replace(e, n=n + longer) for e, n in zip(rows[3:], itertools.cycle(lengths))]
+        few = [*rows[:3], *true]
+        assert made(few, epochs=None).epochs == math.ceil(fewest / 3)
 
 
 def test_a_row_is_drawn_half_by_its_loss_and_counts_the_inverse_of_how_often_it_comes():

@@ -123,7 +123,9 @@ def test_the_estimate_counts_steps_texts_and_what_is_measured(monkeypatch, capsy
     assert f" {200 * 80 * plan.WRITE / 1000:.0f} s to write texts" in said(both)
     answer = 10
     reading += 2 * 660 * 10 * plan.WRITE
-    assert f" {reading / 1000:.0f} s to measure" in said(both, measure_rows=30)
+    said_of_sentences = said(both)
+    assert f" {reading / 1000:.0f} s to measure" in said_of_sentences
+    assert "600 steps" in said_of_sentences
 
 
 def test_at_most_so_many_rows_of_each_split_are_measured(folder, files, trained, tmp_path):
