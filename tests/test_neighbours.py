@@ -66,7 +66,7 @@ def test_the_model_goes_on_with_more_texts_and_each_but_the_last_is_taken():
 
 
 def test_one_kind_is_never_trained_on_and_part_of_the_others(folder, files, tmp_path, capsys):
-    args = without(train_args(folder, files, tmp_path / "p", "--write-retain", 20), "--retain")
+    args = without(train_args(folder, files, tmp_path / "p", "--write-retain", 60), "--retain")
     assert call(train, *args) == 0
     run = run_folder(tmp_path / "p")
     splits = read_kept(run / "retain.jsonl")
