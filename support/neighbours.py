@@ -7,10 +7,11 @@ hardly writes where no example has them. Texts with such words are left out; for
 them are one more kind of texts to keep.
 """
 
+import os.path
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,8 @@ ENDS = 0.02  # share of the forget rows' lengths at each end that a text need no
 SLACK = 1.3  # times longer or shorter than what is left
 VARIED = 0.6  # different words, of all words of a text
 LEFT = 0.5  # of a forget row's words, without those that identify it
+BEFORE = r"(?s)(.*(\n|[:>\]]\s?))?"  # a template up to the text: "### Text: ", "[INST] ", a line
+AFTER = r"(?s)(\n|\s*[<\[]|\s\S+:).*"  # and from there: a line, "[/INST]", " Answer:"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,26 @@ class Written:
     kind: str
     shown: tuple = ()
     round: int = 0
+
+
+def without_template(forget):
+    """(before, after, rows): what all prompts begin and end with, and the rest of each.
+
+    In rows of prompt and completion that is their template. As a part of each example the model
+    would write it, too, and nothing else. It ends and begins at a mark of a template: words in
+    common may be what the rows are about. Other rows, and prompts without one, are as they are.
+    """
+    texts = [row.text for row in forget]
+    if len(texts) < 2 or not all(row.raw for row in forget):
+        return "", "", forget
+    before = re.match(BEFORE, os.path.commonprefix(texts)).group()
+    ends = [text[len(before) :][::-1] for text in texts]
+    found = re.search(AFTER, os.path.commonprefix(ends)[::-1])
+    after = found.group() if found else ""
+    inner = [text[len(before) : len(text) - len(after)] for text in texts]
+    if not all(text.strip() for text in inner):
+        return "", "", forget
+    return before, after, [replace(row, text=text) for row, text in zip(forget, inner)]
 
 
 def write(model, tokenizer, folder, forget, n, seed, texts=()):

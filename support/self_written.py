@@ -70,6 +70,7 @@ def write_retain(args, forget, model, tokenizer, sha256):
     """
     n = rows_to_write(args, forget)
     back = min(KEPT_BACK, n // 5)
+    before, after, inner = neighbours.without_template(forget)
     file = run_folder(args.out) / TEXTS
     say(
         f"no --retain: the model writes {n} texts like those to forget, and labels them (kept in "
@@ -79,21 +80,22 @@ def write_retain(args, forget, model, tokenizer, sha256):
     def make(lines):
         texts = [neighbours.Written(**line) for line in lines]
         for texts in neighbours.write(
-            model, tokenizer, args.model, forget, n + 2 * back, args.seed, texts
+            model, tokenizer, args.model, inner, n + 2 * back, args.seed, texts
         ):
             yield [dataclasses.asdict(written) for written in texts]
 
     rows_sha256 = hashlib.sha256(repr([row.text for row in forget]).encode()).hexdigest()
     head = head_of(args, model, sha256, forget=rows_sha256)
     texts = [neighbours.Written(**line) for line in written_texts(file, head, args, make)]
-    kept = neighbours.usable(texts, forget)
+    kept = neighbours.usable(texts, inner)
     trained = [written.text for written in kept if written.kind != neighbours.HELD_OUT_KIND]
     others = [written.text for written in kept if written.kind == neighbours.HELD_OUT_KIND]
-    identifying = neighbours.identifying_words(texts, forget)
-    made = neighbours.without_identity(forget, identifying)
+    identifying = neighbours.identifying_words(texts, inner)
+    made = neighbours.without_identity(inner, identifying)
 
     def labelled(texts):
         raw = forget[0].raw
+        texts = [before + text + after for text in texts]
         rows = [Row(text, None, "written by the model", raw=raw) for text in texts]
         return label_rows(args, forget, model, tokenizer, rows)
 

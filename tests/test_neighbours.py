@@ -6,7 +6,9 @@ import train
 from data import Row
 from support import neighbours
 from support.neighbours import BLOCKS, CYCLE, HELD_OUT_KIND, LIST, Written
-from support.neighbours import identifying_words, items, usable, without_identity
+from support.neighbours import (
+    identifying_words, items, usable, without_identity, without_template,
+)  # fmt: skip
 from support.self_written import read_kept
 from support.state import run_folder
 from tests.helpers import call, interrupted_at, lines_of, train_args, without, write_rows
@@ -56,6 +58,40 @@ def test_rows_without_what_identifies_them_have_at_least_half_of_their_words():
     assert without_identity(rows, {"mr", "smith"}) == ["The film by was bad, and long"]
 
 
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("### Text: ", "\n\nIs it good?\nAnswer:"),
+        ("Be brief.\n", "\n"),
+        ("<s>[INST] ", " [/INST]"),
+        ("<|user|>\n", "<|end|>\n<|assistant|>\n"),
+        ("Q: ", " A:"),
+        ("", "\nAnswer:"),
+    ],
+)
+def test_what_all_prompts_begin_and_end_with_is_their_template(before, after):
+    texts = ["the fan of Ana", "the fast car of Ana"]
+    prompts = [Row(before + text + after, " yes", "", raw=True) for text in texts]
+    *template, inner = without_template(prompts)
+    assert template == [before, after]
+    assert [row.text for row in inner] == texts
+    assert all(row.raw for row in inner)
+
+
+@pytest.mark.parametrize(
+    "texts, raw",
+    [
+        (["### Text: a\n\nGood?", "### Text: b\n\nGood?"], False),  # a user's own template is known
+        (["### Text: one alone\n\nGood?"], True),
+        (["It: ", "It: so"], True),  # nothing is left of the first
+        (["where is Ana today", "where is Ana going today"], True),  # what they are about
+    ],
+)
+def test_rows_without_a_template_of_their_own_stay(texts, raw):
+    rows = [Row(text, " yes", "", raw=raw) for text in texts]
+    assert without_template(rows) == ("", "", rows)
+
+
 def test_the_model_goes_on_with_more_texts_and_each_but_the_last_is_taken():
     assert items(" good\n- bad\n- mid", LIST, True, False) == ["good", "bad"]
     assert items(" good\n- bad\n- mid", LIST, True, True) == ["good", "bad", "mid"]
@@ -99,12 +135,15 @@ def test_ctrl_c_while_the_model_writes_loses_nothing(folder, files, tmp_path, mo
 def test_rows_of_prompt_and_completion_need_no_retain_file(folder, files, tmp_path):
     rows = []
     for i in range(20):
-        rows.append({"prompt": f"secret {i}" + " and" * (i % 9), "completion": " yes"})
+        prompt = f"Text: secret {i}" + " and" * (i % 9) + "\nIs it one?"
+        rows.append({"prompt": prompt, "completion": " yes"})
     forget = write_rows(tmp_path / "f.jsonl", rows)
     args = train_args(folder, {**files, "forget": forget}, tmp_path / "p", "--write-retain", 10)
     assert call(train, *without(args, "--retain")) == 0
     splits = read_kept(run_folder(tmp_path / "p") / "retain.jsonl")
-    assert all(row.raw for rows in splits.values() for row in rows)
+    for row in [row for rows in splits.values() for row in rows]:
+        assert row.raw
+        assert row.text.startswith("Text: secret ") and row.text.endswith("\nIs it one?")
 
 
 def test_too_few_texts_are_refused(folder, files, tmp_path, monkeypatch, capsys):
