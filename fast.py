@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from model import MLP, Attention, Layer, Llama, rotate
 
-MAX_KEYS = 256  # up to so many, products and a softmax beat PyTorch's fused attention on a CPU
+# Up to so many, and for one query, products and a softmax beat PyTorch's fused attention on a CPU.
+MAX_KEYS = 256
 
 # Of these fields of Config this file knows what to do with every value.
 KNOWN_FIELDS = """
@@ -142,7 +143,7 @@ class FastAttention(Attention):
         B, H, T, c = q.shape
         B, G, S, c = k.shape
         group = H // G  # query heads that share keys and values
-        if q.device.type == "cpu" and S <= MAX_KEYS:
+        if q.device.type == "cpu" and (S <= MAX_KEYS or T == 1):
             # A group's query heads are stacked along the queries, so k and v need no repeat.
             q = q.reshape(B, G, group * T, c)
             scores = q @ k.transpose(2, 3)  # (B, G, group T, S)

@@ -560,21 +560,25 @@ class Llama(nn.Module):
         temperature=0.0,
         generator=None,
         embeddings=None,
+        copies=1,
     ):
-        """Continue each of B prompts, lists of ids -> B lists of new ids.
+        """Continue each of the prompts, lists of ids, `copies` times -> B lists of new ids.
 
-        A row ends before its first end-of-sequence id. temperature 0 takes the likeliest token;
-        otherwise tokens are drawn with `generator`. embeddings (B, T, d): in place of the prompts'.
+        The first `copies` lists are those of the first prompt, which is read once. A row ends
+        before its first end-of-sequence id. temperature 0 takes the likeliest token; otherwise
+        tokens are drawn with `generator`. embeddings (prompts, T, d): in place of the prompts'.
         Raises ValueError for an empty prompt, FloatingPointError if the output is not a number.
         """
         if not prompts or not all(prompts) or max_new_tokens < 1:
             raise ValueError("generate needs a token in every prompt, and max_new_tokens above 0")
-        rows = torch.arange(len(prompts), device=self.device)
-        tokens, lengths = self.pad(prompts)  # (B, T), (B,)
+        tokens, lengths = self.pad(prompts)  # (prompts, T), (prompts,)
         p = prefix[0][0].shape[2] if prefix else 0
-        x = self.embed(tokens) if embeddings is None else embeddings  # (B, T, d)
+        x = self.embed(tokens) if embeddings is None else embeddings  # (prompts, T, d)
         h, cache = self.run(x, prefix)
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(copies)  # (B,)
+        lengths = lengths[rows]
         h = h[rows, lengths - 1]  # (B, d), each row's last token
+        cache = [(k[rows], v[rows]) for k, v in cache]
         key_positions = torch.arange(p + tokens.shape[1], device=self.device)[None]  # (1, S)
         is_padding = key_positions >= p + lengths[:, None]  # (B, S)
         key_positions = torch.where(is_padding, PADDING_POSITION, key_positions)  # (B, S)

@@ -286,6 +286,21 @@ def test_sampling_follows_its_generator_and_its_temperature(kind):
     assert draw(3, 1e-4) == llama.generate(prompts, None, 12)
 
 
+@BOTH
+def test_copies_are_what_a_prompt_given_as_often_has(kind):
+    llama = tiny(kind=kind, eos_token_id=None)
+    prompts = [tokens_of(1, 3)[0].tolist(), tokens_of(1, 7)[0].tolist()]
+    prefix = llama.prefix(vectors(4))
+
+    def draw(prompts, copies):
+        generator = torch.Generator().manual_seed(0)
+        return llama.generate(prompts, prefix, 6, 3.0, generator, copies=copies)
+
+    got = draw(prompts, 3)
+    assert got == draw([prompts[0]] * 3 + [prompts[1]] * 3, 1)
+    assert len(set(map(tuple, got))) == 6
+
+
 # ------------------------------------------------------------------------------ where the answer is
 
 

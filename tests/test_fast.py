@@ -117,6 +117,23 @@ def test_both_ways_to_attend_agree(monkeypatch):
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 
 
+def test_a_token_alone_is_attended_by_products_whatever_the_number_of_keys(monkeypatch):
+    llama = tiny(kind=FastLlama, eos_token_id=None)
+    prompts = [[3, 4, 5, 6], [7, 8]]
+    expected = llama.generate(prompts, None, 6)
+    fused = []
+    attention = F.scaled_dot_product_attention
+
+    def note(q, *args, **how):
+        fused.append(q.shape[2])
+        return attention(q, *args, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(fast, "MAX_KEYS", 0)
+    assert llama.generate(prompts, None, 6) == expected
+    assert set(fused) == {4}  # the prompts alone
+
+
 def test_the_frozen_norm_has_the_gradient_of_its_formula():
     x, w, weights = (
         torch.randn(5, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)
