@@ -36,7 +36,7 @@ from support.checks import check_generic
 from support.cli import DEMO, read_splits, run
 from support.elsewhere import EARLIER, elsewhere_table, examples_to_ask, leaves_out
 from support.elsewhere import measure_elsewhere, texts_elsewhere, true_labels, verdicts
-from support.general import make_general
+from support.general import general_rows, make_general
 from support.hardware import choose_device, load_model, peak_memory, prepare_layers, row_limit
 from support.identity import fingerprint, kept_labels
 from support.options import parse
@@ -313,7 +313,9 @@ def prepare(args, splits, mode, change=None):
     if mode == "new":
         print_estimate(args, model, tokenizer, splits)
     asked = asked_of_model(args, splits)
-    written = own_retain(args, splits, model, tokenizer, base_sha256)
+    known = splits["train forget"], base_sha256
+    own_text = general_rows(args, model, tokenizer, *known) if args.gamma else ([], [])
+    written = own_retain(args, splits, model, tokenizer, base_sha256, own_text[0])
     splits |= written
     limit = row_limit(args, args.num_tokens + args.earlier.q)
     most = args.measure_rows or math.inf
@@ -328,7 +330,7 @@ def prepare(args, splits, mode, change=None):
     data += [args.earlier.phi.tolist()] if args.after else []
     general = None
     if args.gamma:
-        general = make_general(args, model, tokenizer, splits, base_sha256)
+        general = make_general(args, tokenizer, splits, *own_text)
         data += [general.own, general.plain]
 
     batches = Batches(

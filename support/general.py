@@ -237,7 +237,7 @@ def write_some(model, tokenizer, form, opening, generator):
     """The rows of one round."""
     room = model.config.max_position_embeddings - len(opening)
     n = min(ANSWER + QUERY if form.add_bos else QUERY, room)
-    texts = model.generate([opening] * WRITTEN_AT_ONCE, None, n, 1.0, generator)
+    texts = model.generate([opening], None, n, 1.0, generator, copies=WRITTEN_AT_ONCE)
     rows = [Row(tokenizer.decode(ids).strip(), None, "") for ids in texts]
     rows = [row for row in rows if row.text]
     if form.add_bos or not rows:
@@ -304,12 +304,14 @@ def texts_of_step(batch_size):
     return max(1, batch_size // 8)
 
 
-def make_general(args, model, tokenizer, splits, sha256):
-    """The general text of a run of train.py, without the teacher's outputs."""
+def make_general(args, tokenizer, splits, trained, held_out):
+    """The general text of a run of train.py, without the teacher's outputs.
+
+    trained, held_out: the rows of `general_rows`.
+    """
     limit = row_limit(args, args.num_tokens + args.earlier.q)
     forget = splits["train forget"]
     retain = splits["train retain"]
-    trained, held_out = general_rows(args, model, tokenizer, forget, sha256)
     form = own_form(args.model, tokenizer)
     alone = Template(TEXT)
     held_keys = {row.key for row in held_out}

@@ -26,8 +26,11 @@ WORDS = 60  # of an example, at most
 TOKENS = 128  # that the model writes after examples, at most,
 MORE = 8  # and at most so many more than the longest row has
 AT_ONCE = 32
+COPIES = 4  # texts after the same examples: these are read once
 TRIES = 6  # times as many texts as needed
 OFTEN = 4  # a word identifies the rows if it is so many times as frequent there
+FEW = 10  # texts tell nothing of a word
+ORDINARY = 0.05  # of general texts have a word
 ENDS = 0.02  # share of the forget rows' lengths at each end that a text need not have
 SLACK = 1.3  # times longer or shorter than what is left
 VARIED = 0.6  # different words, of all words of a text
@@ -97,16 +100,17 @@ def without_template(forget):
     return before, after, [replace(row, text=text) for row, text in zip(forget, inner)]
 
 
-def write(model, tokenizer, folder, forget, n, seed, texts=()):
+def write(model, tokenizer, folder, forget, general, n, seed, texts=()):
     """Yield the texts again and again, each time with more, until n of them can be kept.
 
-    texts: those of an earlier part of the run. The number of a round is its seed.
+    general: general text, see `identifying_words`. texts: those of an earlier part of the run. The
+    number of a round is its seed.
     """
     form = own_form(folder, tokenizer)
     layouts = [layout for layout in CYCLE if layout != CHAT or form.chat]
     longest = max(len(tokenizer.encode(row.text)) for row in forget)
     texts = list(texts)
-    done = len(usable(texts, forget))
+    done = len(usable(texts, forget, general))
     with tqdm(total=n, initial=done, unit="text", leave=False, disable=ranks()[0] > 0) as bar:
         rounds = max(TRIES * n // AT_ONCE, TRIES * len(CYCLE))
         first = texts[-1].round + 1 if texts else 0
@@ -116,7 +120,7 @@ def write(model, tokenizer, folder, forget, n, seed, texts=()):
             layout = layouts[i % len(layouts)]
             tokens = min(TOKENS, longest + MORE)
             texts += write_some(model, tokenizer, form, layout, forget, tokens, i, seed)
-            done = len(usable(texts, forget))
+            done = len(usable(texts, forget, general))
             bar.update(min(done, n) - bar.n)
             yield texts
 
@@ -124,7 +128,7 @@ def write(model, tokenizer, folder, forget, n, seed, texts=()):
 def write_some(model, tokenizer, form, layout, forget, tokens, i, seed):
     """The texts of round i: what the model writes in so many tokens after each of its examples."""
     rng = random.Random(f"examples {seed} {i}")
-    shown = [examples(forget, rng) for _ in range(AT_ONCE)]
+    shown = [examples(forget, rng) for _ in range(AT_ONCE // COPIES)]
     prompts = [layout.ids(part, tokenizer, form) for part in shown]
     room = model.config.max_position_embeddings - max(map(len, prompts))
     new_tokens = min(tokens, room)
@@ -133,7 +137,9 @@ def write_some(model, tokenizer, form, layout, forget, tokens, i, seed):
     generator = torch.Generator(model.device).manual_seed((seed * 1_000_003 + i) % 2**63)
     has_lines = any("\n" in row.text.strip() for row in forget)
     texts = []
-    for part, ids in zip(shown, model.generate(prompts, None, new_tokens, 1.0, generator)):
+    written = model.generate(prompts, None, new_tokens, 1.0, generator, copies=COPIES)
+    shown_to = [part for part in shown for _ in range(COPIES)]
+    for part, ids in zip(shown_to, written):
         words = tuple(sorted(set(words_of(" ".join(part)))))
         for text in items(tokenizer.decode(ids), layout, has_lines, len(ids) < new_tokens):
             texts.append(Written(text, layout.name, words, i))
@@ -168,14 +174,14 @@ def items(written, layout, has_lines, is_whole):
 # --------------------------------------------------------------------------------- which are kept
 
 
-def usable(texts, forget):
+def usable(texts, forget, general):
     """The texts that can be kept: like the forget rows in form, and without their own words."""
     copied = runs_of(forget)
     seen = {row.key for row in forget}
     lengths = sorted(len(row.text.split()) for row in forget)
     ends = int(ENDS * len(lengths))
     shortest, longest = lengths[ends] / SLACK, lengths[-1 - ends] * SLACK
-    identifying = identifying_words(texts, forget)
+    identifying = identifying_words(texts, forget, general)
     kept = []
     for written in texts:
         row = Row(written.text, None, "written by the model")
@@ -189,12 +195,15 @@ def usable(texts, forget):
     return kept
 
 
-def identifying_words(texts, forget):
+def identifying_words(texts, forget, general):
     """The words that are OFTEN times as frequent in the forget rows as in what the model writes.
 
-    A text counts for a word only where none of its examples has the word.
+    A text counts for a word only where none of its examples has the word. Where fewer than FEW
+    count, as for a name that most rows have, `general` decides: strings of general text. Words that
+    are ORDINARY there identify nothing, nor do single letters: they are a question's choices.
     """
     in_rows = Counter(word for row in forget for word in set(words_of(row.text)))
+    in_general = Counter(word for text in general for word in set(words_of(text)))
     in_texts = Counter()
     shown = Counter()
     for written in texts:
@@ -202,10 +211,18 @@ def identifying_words(texts, forget):
         in_texts.update(set(words_of(written.text)) - set(written.shown))
     found = set()
     for word, n in in_rows.items():
-        others = (in_texts[word] + 0.5) / (len(texts) - shown[word] + 1)
-        if n / len(forget) > OFTEN * others:
+        by_itself = share(in_texts[word], len(texts) - shown[word])
+        if general and len(texts) - shown[word] < FEW:
+            by_itself = share(in_general[word], len(general))
+        is_ordinary = len(word) == 1 or in_general[word] > ORDINARY * len(general)
+        if n / len(forget) > OFTEN * by_itself and not is_ordinary:
             found.add(word)
     return found
+
+
+def share(n, of):
+    """Where nothing was counted, a half."""
+    return (n + 0.5) / (of + 1)
 
 
 def without_identity(forget, identifying):

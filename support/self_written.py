@@ -28,11 +28,11 @@ def asked_of_model(args, splits):
     return [(row.key, row.label) for row in given] if given else args.write_retain
 
 
-def own_retain(args, splits, model, tokenizer, sha256):
+def own_retain(args, splits, model, tokenizer, sha256, general):
     """{split: rows} that the model has to write or label, or has in an earlier part of the run.
 
     They are all retain rows if it does any of it, and {} if it does not. Of rows that it writes
-    some are for measuring. sha256: the model's fingerprint.
+    some are for measuring. sha256: the model's fingerprint. general: rows of general text, if any.
     """
     given = splits.get(TRAINED)
     if given and all(row.label is not None for row in given):
@@ -41,7 +41,7 @@ def own_retain(args, splits, model, tokenizer, sha256):
     if file.exists() and args.resume:
         return read_kept(file)
     if not given:
-        return write_retain(args, splits["train forget"], model, tokenizer, sha256)
+        return write_retain(args, splits["train forget"], model, tokenizer, sha256, general)
     unlabelled = sum(row.label is None for row in given)
     say(f"retain   {unlabelled} rows have no label: the model's own answer takes its place")
     rows = label_rows(args, splits["train forget"], model, tokenizer, given)
@@ -60,7 +60,7 @@ def rows_to_write(args, forget):
     return args.write_retain or min(max(FEWEST_ROWS, ROWS_EACH * len(forget)), MOST_ROWS)
 
 
-def write_retain(args, forget, model, tokenizer, sha256):
+def write_retain(args, forget, model, tokenizer, sha256, general):
     """{split: rows}: texts like those to forget, which the model writes and labels itself.
 
     Of each kind that is trained on some are kept back, and one whole kind. Raises ValueError if
@@ -71,6 +71,7 @@ def write_retain(args, forget, model, tokenizer, sha256):
     n = rows_to_write(args, forget)
     back = min(KEPT_BACK, n // 5)
     before, after, inner = neighbours.without_template(forget)
+    ordinary = [f"{row.text} {row.label or ''}" for row in general]
     file = run_folder(args.out) / TEXTS
     say(
         f"no --retain: the model writes {n} texts like those to forget, and labels them (kept in "
@@ -80,17 +81,17 @@ def write_retain(args, forget, model, tokenizer, sha256):
     def make(lines):
         texts = [neighbours.Written(**line) for line in lines]
         for texts in neighbours.write(
-            model, tokenizer, args.model, inner, n + 2 * back, args.seed, texts
+            model, tokenizer, args.model, inner, ordinary, n + 2 * back, args.seed, texts
         ):
             yield [dataclasses.asdict(written) for written in texts]
 
     rows_sha256 = hashlib.sha256(repr([row.text for row in forget]).encode()).hexdigest()
     head = head_of(args, model, sha256, forget=rows_sha256)
     texts = [neighbours.Written(**line) for line in written_texts(file, head, args, make)]
-    kept = neighbours.usable(texts, inner)
+    kept = neighbours.usable(texts, inner, ordinary)
     trained = [written.text for written in kept if written.kind != neighbours.HELD_OUT_KIND]
     others = [written.text for written in kept if written.kind == neighbours.HELD_OUT_KIND]
-    identifying = neighbours.identifying_words(texts, inner)
+    identifying = neighbours.identifying_words(texts, inner, ordinary)
     made = neighbours.without_identity(inner, identifying)
 
     def labelled(texts):

@@ -24,12 +24,27 @@ ORDINARY = texts_of(*[f"a film was good and number {i} the too long by far" for 
 
 
 def test_words_that_the_model_hardly_writes_by_itself_identify_the_rows():
-    assert identifying_words(ORDINARY, FORGET) >= {"mr", "smith"}
-    assert not identifying_words(ORDINARY, FORGET) & {"the", "film", "was", "and", "too", "long"}
+    assert identifying_words(ORDINARY, FORGET, []) >= {"mr", "smith"}
+    ordinary = {"the", "film", "was", "and", "too", "long"}
+    assert not identifying_words(ORDINARY, FORGET, []) & ordinary
     copies = texts_of(*["mr smith again"] * 8, shown=("mr", "smith"))
-    assert identifying_words(ORDINARY + copies, FORGET) >= {"mr", "smith"}
+    assert identifying_words(ORDINARY + copies, FORGET, []) >= {"mr", "smith"}
     by_itself = texts_of(*["mr smith again"] * 8)
-    assert not identifying_words(ORDINARY + by_itself, FORGET) & {"mr", "smith"}
+    assert not identifying_words(ORDINARY + by_itself, FORGET, []) & {"mr", "smith"}
+
+
+def test_where_too_few_texts_tell_general_text_does():
+    general = ["the film was long", "was it?", "and then the sun shone by the lake", "by far"]
+    known = identifying_words([], FORGET, general)
+    assert known >= {"mr", "smith"}
+    assert not known & {"the", "film", "was", "and", "by", "a"}  # "a" has one letter
+    shown = texts_of(*["too late"] * 9, shown=("mr", "smith", "too"))
+    assert identifying_words(shown, FORGET, general) >= {"mr", "smith"}
+    tell = texts_of(*["mr smith"] * 10)
+    assert not identifying_words(shown + tell, FORGET, general) & {"mr", "smith"}
+    long = texts_of(*["no such word"] * 30)
+    assert "long" in identifying_words(long, FORGET, [])
+    assert "long" not in identifying_words(long, FORGET, general)  # an ordinary word
 
 
 @pytest.mark.parametrize(
@@ -44,12 +59,12 @@ def test_words_that_the_model_hardly_writes_by_itself_identify_the_rows():
     ],
 )
 def test_texts_that_are_not_like_the_rows_or_are_too_like_them_are_left_out(text):
-    kept = usable(ORDINARY + texts_of(text), FORGET)
+    kept = usable(ORDINARY + texts_of(text), FORGET, [])
     assert kept == ORDINARY
 
 
 def test_a_text_counts_once():
-    assert usable(ORDINARY + ORDINARY, FORGET) == ORDINARY
+    assert usable(ORDINARY + ORDINARY, FORGET, []) == ORDINARY
 
 
 def test_rows_without_what_identifies_them_have_at_least_half_of_their_words():
@@ -143,11 +158,11 @@ def test_rows_of_prompt_and_completion_need_no_retain_file(folder, files, tmp_pa
     splits = read_kept(run_folder(tmp_path / "p") / "retain.jsonl")
     for row in [row for rows in splits.values() for row in rows]:
         assert row.raw
-        assert row.text.startswith("Text: secret ") and row.text.endswith("\nIs it one?")
+        assert row.text.startswith("Text: ") and row.text.endswith("\nIs it one?")
 
 
 def test_too_few_texts_are_refused(folder, files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(neighbours, "usable", lambda texts, forget: [])
+    monkeypatch.setattr(neighbours, "usable", lambda *_: [])
     monkeypatch.setattr(neighbours, "without_identity", lambda *_: [])
     args = without(train_args(folder, files, tmp_path / "p", "--write-retain", 10), "--retain")
     assert call(train, *args) == 2
