@@ -73,7 +73,7 @@ class Erase:
 
 
 def main(argv):
-    if len(argv) < 2 or argv[0] not in KINDS:
+    if len(argv) < 2 or argv[0] not in KINDS or not argv[1].replace(".", "", 1).isdecimal():
         raise ValueError(f"usage: python results/erase.py {'|'.join(KINDS)} WEIGHT OPTIONS")
     if "--resume" in argv:
         raise ValueError("--resume: which rows were drawn is not kept; begin anew")

@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import importlib
 import json
 import os
 import random
@@ -277,6 +278,14 @@ def python(*args, cwd=ROOT, **how):
 
 def command(script, *args, cwd=ROOT, **how):
     return python(ROOT / script, *args, cwd=cwd, **how)
+
+
+def script_of_results(name, monkeypatch):
+    """A script of results/ as a module, imported anew with those it imports."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    for module in ("plans", "store", "tables", "study", "rows", "cut"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return importlib.import_module(name)
 
 
 def start(script, *args, stderr=subprocess.DEVNULL):

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,8 @@ from spul import load_prompt
 from support.general import sentence_vectors
 from support.options import parse
 from support.tokenizer import Tokenizer
-from tests.helpers import ROOT, call, command, lines_of, python, tokens_of, train_args
+from tests.helpers import ROOT, call, command, lines_of, python, script_of_results, tokens_of
+from tests.helpers import train_args
 from tests.test_finetune import write_lora
 
 
@@ -109,14 +109,6 @@ class Here:
     def submit(self, function, *args):
         (future := concurrent.futures.Future()).set_result(function(*args))
         return future
-
-
-def script_of_results(name, monkeypatch):
-    """A script of results/ as a module, imported anew with those it imports."""
-    monkeypatch.syspath_prepend(ROOT / "results")
-    for module in ("plans", "store", "tables", "study", "rows", "cut"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    return importlib.import_module(name)
 
 
 @pytest.fixture
