@@ -11,6 +11,7 @@ from support.asking import TRIED, spread
 from support.batches import epochs_of
 from support.general import ANSWER, LONGEST, QUERY, WRITTEN_TEXTS, texts_of_step
 from support.hardware import row_limit, step_memory, window_warning
+from support.neighbours import COPIES, EXAMPLES
 from support.processes import gather_full, ranks, say
 from support.self_written import rows_to_write
 from support.state import GENERAL, TEXTS, run_folder
@@ -21,6 +22,7 @@ READ = 32  # rows of middle length, out of
 LOOKED_AT = 256
 ASKED_OTHERWISE = 600  # rows of both sides, in ways that nobody trained in
 STEP = 4  # tokens read in the time that a step takes for one: forward and backward, fewer rows
+USABLE = 0.5  # of the texts that are written to be kept, from a tenth to nearly all
 WRITE = 3  # tokens read in the time that it takes to write one, with some dozens of texts at once
 
 DEMO_PLAN = (
@@ -136,7 +138,7 @@ def print_estimate(args, model, tokenizer, splits):
 def expected_training(args, splits, length, sentences):
     """How many steps there will be, and as how many tokens read they count."""
     forget = splits["train forget"]
-    retain = len(splits.get("train retain", ())) or rows_to_write(args, forget)
+    retain = len(splits.get("train retain", ())) or rows_to_write(args, forget)[0]
     retain += len(args.earlier.rows)
     per_epoch = math.ceil((len(forget) + retain) / args.batch_size)
     if isinstance(k := args.forget_per_batch, int):
@@ -149,15 +151,19 @@ def expected_training(args, splits, length, sentences):
 
 
 def expected_texts(args, forget, length):
-    """How many tokens the model still has to write: general text, and rows to retain."""
+    """How many tokens the model still has to write: general text, and rows to retain.
+
+    Of these not all are usable, and it reads examples for them.
+    """
     run = run_folder(args.out)
     tokens = 0
     if args.gamma and not args.general:
         missing = max(0, WRITTEN_TEXTS - len(read_written(run / GENERAL)))
         tokens += missing * (QUERY + ANSWER)
     if not args.retain:
-        missing = max(0, rows_to_write(args, forget) - len(read_written(run / TEXTS)))
-        tokens += missing * length
+        usable = USABLE * len(read_written(run / TEXTS))
+        missing = max(0, sum(rows_to_write(args, forget)) - usable)
+        tokens += missing / USABLE * length * (1 + EXAMPLES / COPIES / WRITE)
     return tokens
 
 

@@ -56,8 +56,9 @@ def own_retain(args, splits, model, tokenizer, sha256, general):
 
 
 def rows_to_write(args, forget):
-    """How many rows to retain the model writes, if there are none."""
-    return args.write_retain or min(max(FEWEST_ROWS, ROWS_EACH * len(forget)), MOST_ROWS)
+    """How many rows to retain the model writes, if there are none: to train on, and to measure."""
+    n = args.write_retain or min(max(FEWEST_ROWS, ROWS_EACH * len(forget)), MOST_ROWS)
+    return n, 2 * min(KEPT_BACK, n // 5)
 
 
 def write_retain(args, forget, model, tokenizer, sha256, general):
@@ -68,8 +69,8 @@ def write_retain(args, forget, model, tokenizer, sha256, general):
 
     This keeps what the model says of itself, not what users ask of it.
     """
-    n = rows_to_write(args, forget)
-    back = min(KEPT_BACK, n // 5)
+    n, measured = rows_to_write(args, forget)
+    back = measured // 2
     before, after, inner = neighbours.without_template(forget)
     ordinary = [f"{row.text} {row.label or ''}" for row in general]
     file = run_folder(args.out) / TEXTS
@@ -81,7 +82,7 @@ def write_retain(args, forget, model, tokenizer, sha256, general):
     def make(lines):
         texts = [neighbours.Written(**line) for line in lines]
         for texts in neighbours.write(
-            model, tokenizer, args.model, inner, ordinary, n + 2 * back, args.seed, texts
+            model, tokenizer, args.model, inner, ordinary, n + measured, args.seed, texts
         ):
             yield [dataclasses.asdict(written) for written in texts]
 

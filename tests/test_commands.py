@@ -115,8 +115,9 @@ def test_the_estimate_counts_steps_texts_and_what_is_measured(monkeypatch, capsy
     assert "300 steps" in said(both, forget_per_batch=2)  # 20 an epoch
     assert "360 steps" in said(both, forget_per_batch=4, epochs=12)
     assert "44 steps" in said(both, epochs=2, earlier_rows=16)
-    alone = said({"train forget": [0] * 40}, gamma=0, retain=None)  # 256 rows of 20 tokens
-    assert f" {256 * 20 * plan.WRITE / 1000:.0f} s to write texts" in alone
+    alone = said({"train forget": [0] * 40}, gamma=0, retain=None)
+    # 256 texts of 20 tokens and twice 51, as many again that are of no use; 6 / 4 examples for each
+    assert f" {358 * 2 * 20 * (plan.WRITE + 6 / 4) / 1000:.0f} s to write texts" in alone
     run_folder(tmp_path / "p").mkdir()
     lines = ['{"head": 1}', *['{"text": "a"}'] * 56]
     (run_folder(tmp_path / "p") / "general.jsonl").write_text("\n".join(lines))
