@@ -561,12 +561,14 @@ class Llama(nn.Module):
         generator=None,
         embeddings=None,
         copies=1,
+        edit=None,
     ):
         """Continue each of the prompts, lists of ids, `copies` times -> B lists of new ids.
 
         The first `copies` lists are those of the first prompt, which is read once. A row ends
         before its first end-of-sequence id. temperature 0 takes the likeliest token; otherwise
         tokens are drawn with `generator`. embeddings (prompts, T, d): in place of the prompts'.
+        edit(tokens (B, 1)) -> the tokens to take in place of those.
         Raises ValueError for an empty prompt, FloatingPointError if the output is not a number.
         """
         if not prompts or not all(prompts) or max_new_tokens < 1:
@@ -587,6 +589,7 @@ class Llama(nn.Module):
         new = []
         for step in range(max_new_tokens):
             token = self.sample(self.head(h), temperature, generator)  # (B, 1)
+            token = edit(token) if edit else token
             new.append(token)
             is_done |= torch.isin(token[:, 0], ends)
             if step + 1 == max_new_tokens or is_done.all():

@@ -34,6 +34,7 @@ ORDINARY = 0.05  # of general texts have a word
 ENDS = 0.02  # share of the forget rows' lengths at each end that a text need not have
 SLACK = 1.3  # times longer or shorter than what is left
 VARIED = 0.6  # different words, of all words of a text
+ALIKE = 0.95  # of the rows have as many lines, if their form has lines
 LEFT = 0.5  # of a forget row's words, without those that identify it
 BEFORE = r"(?s)(.*(\n|[:>\]]\s?))?"  # a template up to the text: "### Text: ", "[INST] ", a line
 AFTER = r"(?s)(\n|\s*[<\[]|\s\S+:).*"  # and from there: a line, "[/INST]", " Answer:"
@@ -100,6 +101,46 @@ def without_template(forget):
     return before, after, [replace(row, text=text) for row, text in zip(forget, inner)]
 
 
+def line_marks(forget):
+    """How each line of the rows begins, ["", "A.", "B."], if nearly all have as many; else [].
+
+    Rows of one line have none.
+    """
+    rows = [row.text.strip().split("\n") for row in forget]
+    n, alike = Counter(map(len, rows)).most_common(1)[0]
+    if n == 1 or alike < ALIKE * len(rows):
+        return []
+    lines = zip(*[row for row in rows if len(row) == n])
+    return [re.match(r"(.*\s)?", os.path.commonprefix(line)).group().rstrip() for line in lines]
+
+
+class KeepsForm:
+    """Where the model ends a line it puts the next line's mark, and after the last line the end.
+
+    So a text has the lines of the rows.
+    """
+
+    def __init__(self, marks, tokenizer, ends, n):
+        """marks: of `line_marks`. ends: the ids that end a text. n: texts."""
+        self.marks = [tokenizer.encode_inside("\n" + mark) for mark in marks[1:]]
+        self.marks += [ends[:1]] if marks else []
+        self.tokenizer = tokenizer
+        self.ends = set(ends)
+        self.begun = [0] * n  # marks that were put, or begun
+        self.to_come = [[] for _ in range(n)]  # the rest of the last one
+
+    def __call__(self, tokens):
+        """The tokens (n, 1) that were drawn -> those to take."""
+        for i, token in enumerate(tokens[:, 0].tolist()):
+            ends_line = token in self.ends or "\n" in self.tokenizer.decode([token])
+            if ends_line and not self.to_come[i] and self.begun[i] < len(self.marks):
+                self.to_come[i] = list(self.marks[self.begun[i]])
+                self.begun[i] += 1
+            if self.to_come[i]:
+                tokens[i] = self.to_come[i].pop(0)
+        return tokens
+
+
 def write(model, tokenizer, folder, forget, general, n, seed, texts=()):
     """Yield the texts again and again, each time with more, until n of them can be kept.
 
@@ -137,7 +178,10 @@ def write_some(model, tokenizer, form, layout, forget, tokens, i, seed):
     generator = torch.Generator(model.device).manual_seed((seed * 1_000_003 + i) % 2**63)
     has_lines = any("\n" in row.text.strip() for row in forget)
     texts = []
-    written = model.generate(prompts, None, new_tokens, 1.0, generator, copies=COPIES)
+    keeps_form = KeepsForm(line_marks(forget), tokenizer, model.end_ids().tolist(), AT_ONCE)
+    written = model.generate(
+        prompts, None, new_tokens, 1.0, generator, copies=COPIES, edit=keeps_form
+    )
     shown_to = [part for part in shown for _ in range(COPIES)]
     for part, ids in zip(shown_to, written):
         words = tuple(sorted(set(words_of(" ".join(part)))))
@@ -182,17 +226,25 @@ def usable(texts, forget, general):
     ends = int(ENDS * len(lengths))
     shortest, longest = lengths[ends] / SLACK, lengths[-1 - ends] * SLACK
     identifying = identifying_words(texts, forget, general)
+    marks = line_marks(forget)
     kept = []
     for written in texts:
         row = Row(written.text, None, "written by the model")
         words = words_of(written.text)
-        is_like_them = shortest <= len(written.text.split()) <= longest
+        is_like_them = shortest <= len(written.text.split()) <= longest and fits(row, marks)
         is_varied = len(set(words)) >= VARIED * len(words) > 0
         is_new = row.key not in seen and share_copied(row, copied) < COPIED
         if is_like_them and is_varied and is_new and not identifying & set(words):
             kept.append(written)
             seen.add(row.key)
     return kept
+
+
+def fits(row, marks):
+    """Whether a row has the lines of `line_marks`."""
+    lines = row.text.strip().split("\n")
+    alike = len(lines) == len(marks) and all(map(str.startswith, lines, marks))
+    return alike or not marks
 
 
 def identifying_words(texts, forget, general):
@@ -227,12 +279,14 @@ def share(n, of):
 
 def without_identity(forget, identifying):
     """The forget rows' texts without the words that identify them, where enough is left."""
+    marks = line_marks(forget)
     texts = []
     for row in forget:
-        words = row.text.split(" ")
+        words = re.findall(r"\s*\S+", row.text)
         left = [word for word in words if not identifying & set(words_of(word))]
-        if LEFT * len(words) <= len(left) < len(words):
-            texts.append(" ".join(left))
+        made = replace(row, text="".join(left).strip())
+        if LEFT * len(words) <= len(left) < len(words) and fits(made, marks):
+            texts.append(made.text)
     return texts
 
 

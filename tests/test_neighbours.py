@@ -1,16 +1,18 @@
 """Texts like the rows to forget: which are kept, what identifies a row, how they are written."""
 
 import pytest
+import torch
 
 import train
 from data import Row
 from support import neighbours
 from support.neighbours import BLOCKS, CYCLE, HELD_OUT_KIND, LIST, Written
 from support.neighbours import (
-    identifying_words, items, usable, without_identity, without_template,
+    KeepsForm, identifying_words, items, line_marks, usable, without_identity, without_template,
 )  # fmt: skip
 from support.self_written import read_kept
 from support.state import run_folder
+from support.tokenizer import Tokenizer
 from tests.helpers import call, interrupted_at, lines_of, train_args, without, write_rows
 
 FORGET = [Row(f"the film by mr smith was {word} and too long", "bad", "") for word in "abcdefgh"]
@@ -105,6 +107,49 @@ def test_what_all_prompts_begin_and_end_with_is_their_template(before, after):
 def test_rows_without_a_template_of_their_own_stay(texts, raw):
     rows = [Row(text, " yes", "", raw=raw) for text in texts]
     assert without_template(rows) == ("", "", rows)
+
+
+QUESTIONS = ["what is {}?\nA. a {} one\nB. two\nC. an old {}".format(*3 * [w]) for w in "pqrstuvw"]
+
+
+def test_lines_that_begin_alike_in_all_rows_have_marks():
+    rows = [Row(text, "A", "") for text in QUESTIONS]
+    assert line_marks(rows) == ["what is", "A. a", "B.", "C. an old"]
+    assert line_marks(rows * 3 + [Row("of one line", "A", "")]) == line_marks(rows)  # 24 of 25
+    assert line_marks(rows + [Row("of one line", "A", "")]) == []  # 8 of 9
+    assert line_marks(FORGET) == []
+
+
+def test_texts_have_the_lines_of_the_rows():
+    rows = [Row(text, "A", "") for text in QUESTIONS]
+    good = texts_of("what is an ox?\nA. a cow\nB. grass\nC. an old cow")
+    bad = ["what is a cow?\nA. a cow\nB. an ox", "what is a cow?\nA. ox\nB. an ox\nD. an old hen"]
+    bad += ["what is a hen?\nA. an ox\nB. a hen\nC. an old cow\nD. a cock", "what is one A. B. C."]
+    assert usable(good + texts_of(*bad), rows, []) == good
+    assert without_identity(rows[:1], {"p"}) == []  # too little is left of its lines
+    long = [Row(text.replace("two", "two of us"), "A", "") for text in QUESTIONS]
+    assert without_identity(long[:1], {"us"}) == [QUESTIONS[0].replace("two", "two of")]
+    assert without_identity(long[:1], {"b"}) == []  # a mark
+
+
+def test_lines_are_marked_while_the_model_writes(folder):
+    tokenizer = Tokenizer(folder)
+    newline = tokenizer.encode_inside("\n")[-1:]
+    word, mark = tokenizer.encode_inside(" one"), tokenizer.encode_inside("\nA.")
+    end = 2
+    keeps_form = KeepsForm(["what is", "A."], tokenizer, [end], 3)
+    drawn = [word[0], *newline, *[word[0]] * len(mark), *newline, *newline]
+    written = [[], [], []]
+    for step, token in enumerate(drawn):
+        others = word[0], end if step == 0 else word[0]
+        taken = keeps_form(torch.tensor([[token], [others[0]], [others[1]]]))
+        for text, (token,) in zip(written, taken.tolist()):
+            text.append(token)
+    assert written[0] == [word[0], *mark, word[0], end, *newline]
+    assert written[1] == [word[0]] * len(drawn)
+    assert written[2][: len(mark)] == mark  # no end before the last line
+    as_they_are = torch.tensor([newline, [end]])
+    assert KeepsForm([], tokenizer, [end], 2)(as_they_are.clone()).equal(as_they_are)
 
 
 def test_the_model_goes_on_with_more_texts_and_each_but_the_last_is_taken():
