@@ -301,6 +301,20 @@ def test_copies_are_what_a_prompt_given_as_often_has(kind):
     assert len(set(map(tuple, got))) == 6
 
 
+@BOTH
+def test_what_an_edit_puts_is_what_the_text_goes_on_from(kind):
+    llama = tiny(kind=kind, eos_token_id=None)
+    drawn = []
+
+    def edit(tokens):
+        drawn.append(tokens.clone())
+        return torch.full_like(tokens, 7) if len(drawn) == 1 else tokens
+
+    got = llama.generate([[3, 4], [5]], None, 4, edit=edit)
+    assert [new[0] for new in got] == [7, 7] != drawn[0][:, 0].tolist()
+    assert [new[1:] for new in got] == llama.generate([[3, 4, 7], [5, 7]], None, 3)
+
+
 # ------------------------------------------------------------------------------ where the answer is
 
 
