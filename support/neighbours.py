@@ -1,10 +1,12 @@
 """Texts like the rows to forget: what is kept when there are no rows to retain.
 
-Beside texts of other length or style a prompt learns to refuse the style. So the model writes texts
-after some of the forget rows' as examples, in several layouts. Which words identify the rows to
-forget, we see from what the model writes by itself: words that are common in the rows, and that it
-hardly writes where no example has them. Texts with such words are left out; forget rows without
-them are one more kind of texts to keep.
+Beside texts of other length, style or form a prompt learns to refuse these. So the model writes
+texts after some of the forget rows' as examples, in several layouts. What is the same in all rows
+is not left to it: a template that all prompts have, and how their lines begin ("A. ...").
+
+Which words identify the rows to forget, we see from what the model writes by itself: words that are
+common in the rows, and that it hardly writes where no example has them. Texts with such words are
+left out; forget rows without them are one more kind of texts to keep.
 """
 
 import os.path
@@ -29,11 +31,12 @@ AT_ONCE = 32
 COPIES = 4  # texts after the same examples: these are read once
 TRIES = 6  # times as many texts as needed
 OFTEN = 4  # a word identifies the rows if it is so many times as frequent there
-FEW = 10  # texts tell nothing of a word
+FEW = 10  # texts, or rows, tell nothing
 ORDINARY = 0.05  # of general texts have a word
 ENDS = 0.02  # share of the forget rows' lengths at each end that a text need not have
 SLACK = 1.3  # times longer or shorter than what is left
 VARIED = 0.6  # different words, of all words of a text
+MARK = r"(.*[^\w\s]\s)?"  # "A. ", "Q: ", "- "
 ALIKE = 0.95  # of the rows have as many lines, if their form has lines
 LEFT = 0.5  # of a forget row's words, without those that identify it
 BEFORE = r"(?s)(.*(\n|[:>\]]\s?))?"  # a template up to the text: "### Text: ", "[INST] ", a line
@@ -104,14 +107,15 @@ def without_template(forget):
 def line_marks(forget):
     """How each line of the rows begins, ["", "A.", "B."], if nearly all have as many; else [].
 
-    Rows of one line have none.
+    Rows of one line have none, and FEW rows do not show any. Words are no mark: they may be what
+    the rows are about.
     """
     rows = [row.text.strip().split("\n") for row in forget]
     n, alike = Counter(map(len, rows)).most_common(1)[0]
-    if n == 1 or alike < ALIKE * len(rows):
+    if n == 1 or alike < max(FEW, ALIKE * len(rows)):
         return []
     lines = zip(*[row for row in rows if len(row) == n])
-    return [re.match(r"(.*\s)?", os.path.commonprefix(line)).group().rstrip() for line in lines]
+    return [re.match(MARK, os.path.commonprefix(line)).group().rstrip() for line in lines]
 
 
 class KeepsForm:

@@ -109,15 +109,17 @@ def test_rows_without_a_template_of_their_own_stay(texts, raw):
     assert without_template(rows) == ("", "", rows)
 
 
-QUESTIONS = ["what is {}?\nA. a {} one\nB. two\nC. an old {}".format(*3 * [w]) for w in "pqrstuvw"]
+QUESTIONS = [f"what is {w}?\nA. a {w} one\nB. two\nC. an old {w}" for w in "lmnopqrstuvw"]
 
 
 def test_lines_that_begin_alike_in_all_rows_have_marks():
     rows = [Row(text, "A", "") for text in QUESTIONS]
-    assert line_marks(rows) == ["what is", "A. a", "B.", "C. an old"]
-    assert line_marks(rows * 3 + [Row("of one line", "A", "")]) == line_marks(rows)  # 24 of 25
-    assert line_marks(rows + [Row("of one line", "A", "")]) == []  # 8 of 9
-    assert line_marks(FORGET) == []
+    assert line_marks(rows) == ["", "A.", "B.", "C."]
+    one_line = [Row("of one line", "A", "")]
+    assert line_marks(rows * 2 + one_line) == line_marks(rows)  # 24 of 25
+    assert line_marks(rows + one_line) == []  # 12 of 13
+    assert line_marks(FORGET * 2) == []
+    assert line_marks(rows[:9]) == []  # of so few rows it cannot be known
 
 
 def test_texts_have_the_lines_of_the_rows():
@@ -126,10 +128,9 @@ def test_texts_have_the_lines_of_the_rows():
     bad = ["what is a cow?\nA. a cow\nB. an ox", "what is a cow?\nA. ox\nB. an ox\nD. an old hen"]
     bad += ["what is a hen?\nA. an ox\nB. a hen\nC. an old cow\nD. a cock", "what is one A. B. C."]
     assert usable(good + texts_of(*bad), rows, []) == good
-    assert without_identity(rows[:1], {"p"}) == []  # too little is left of its lines
     long = [Row(text.replace("two", "two of us"), "A", "") for text in QUESTIONS]
-    assert without_identity(long[:1], {"us"}) == [QUESTIONS[0].replace("two", "two of")]
-    assert without_identity(long[:1], {"b"}) == []  # a mark
+    assert without_identity(long, {"us"}) == [q.replace("two", "two of") for q in QUESTIONS]
+    assert without_identity(long, {"b"}) == []  # a mark
 
 
 def test_lines_are_marked_while_the_model_writes(folder):
