@@ -563,12 +563,12 @@ class Llama(nn.Module):
         copies=1,
         edit=None,
     ):
-        """Continue each of the prompts, lists of ids, `copies` times -> B lists of new ids.
+        """Continue each of the prompts, lists of ids, `copies` times -> lists of new ids.
 
-        The first `copies` lists are those of the first prompt, which is read once. A row ends
-        before its first end-of-sequence id. temperature 0 takes the likeliest token; otherwise
-        tokens are drawn with `generator`. embeddings (prompts, T, d): in place of the prompts'.
-        edit(tokens (B, 1)) -> the tokens to take in place of those.
+        These are B = copies x prompts, those of the first prompt first; a prompt is read once. A
+        row ends before its first end-of-sequence id. temperature 0 takes the likeliest token;
+        otherwise tokens are drawn with `generator`. embeddings (prompts, T, d): in place of the
+        prompts'. edit(tokens (B, 1)) -> the tokens to take in place of those.
         Raises ValueError for an empty prompt, FloatingPointError if the output is not a number.
         """
         if not prompts or not all(prompts) or max_new_tokens < 1:
@@ -580,7 +580,8 @@ class Llama(nn.Module):
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(copies)  # (B,)
         lengths = lengths[rows]
         h = h[rows, lengths - 1]  # (B, d), each row's last token
-        cache = [(k[rows], v[rows]) for k, v in cache]
+        if copies > 1:
+            cache = [(k[rows], v[rows]) for k, v in cache]
         key_positions = torch.arange(p + tokens.shape[1], device=self.device)[None]  # (1, S)
         is_padding = key_positions >= p + lengths[:, None]  # (B, S)
         key_positions = torch.where(is_padding, PADDING_POSITION, key_positions)  # (B, S)

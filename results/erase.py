@@ -73,13 +73,16 @@ class Erase:
 
 
 def main(argv):
-    if len(argv) < 2 or argv[0] not in KINDS or not argv[1].replace(".", "", 1).isdecimal():
+    try:
+        kind, weight = argv[0], float(argv[1])
+    except (IndexError, ValueError):
+        kind = None
+    if kind not in KINDS:
         raise ValueError(f"usage: python results/erase.py {'|'.join(KINDS)} WEIGHT OPTIONS")
     if "--resume" in argv:
         raise ValueError("--resume: which rows were drawn is not kept; begin anew")
     if "--after" in argv:
         raise ValueError("--after: the loss knows nothing of earlier prompts")
-    kind, weight = argv[0], float(argv[1])
     prepare, losses = train.prepare, train.losses
     term = None
 

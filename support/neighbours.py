@@ -9,16 +9,16 @@ common in the rows, and that it hardly writes where no example has them. Texts w
 left out; forget rows without them are one more kind of texts to keep.
 """
 
-import os.path
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from data import Row, prompt_ids
+from support.form import KeepsForm, fits, line_marks
 from support.general import COPIED, own_form, runs_of, share_copied
 from support.processes import ranks
 from support.rows import normalised
@@ -31,16 +31,12 @@ AT_ONCE = 32
 COPIES = 4  # texts after the same examples: these are read once
 TRIES = 6  # times as many texts as needed
 OFTEN = 4  # a word identifies the rows if it is so many times as frequent there
-FEW = 10  # texts, or rows, tell nothing
+FEW = 10  # so many texts can tell of a word
 ORDINARY = 0.05  # of general texts have a word
 ENDS = 0.02  # share of the forget rows' lengths at each end that a text need not have
 SLACK = 1.3  # times longer or shorter than what is left
 VARIED = 0.6  # different words, of all words of a text
-MARK = r"(.*[^\w\s]\s)?"  # "A. ", "Q: ", "- "
-ALIKE = 0.95  # of the rows have as many lines, if their form has lines
 LEFT = 0.5  # of a forget row's words, without those that identify it
-BEFORE = r"(?s)(.*(\n|[:>\]]\s?))?"  # a template up to the text: "### Text: ", "[INST] ", a line
-AFTER = r"(?s)(\n|\s*[<\[]|\s\S+:).*"  # and from there: a line, "[/INST]", " Answer:"
 
 
 @dataclass(frozen=True)
@@ -84,67 +80,6 @@ class Written:
     round: int = 0
 
 
-def without_template(forget):
-    """(before, after, rows): what all prompts begin and end with, and the rest of each.
-
-    In rows of prompt and completion that is their template. As a part of each example the model
-    would write it, too, and nothing else. It ends and begins at a mark of a template: words in
-    common may be what the rows are about. Other rows, and prompts without one, are as they are.
-    """
-    texts = [row.text for row in forget]
-    if len(texts) < 2 or not all(row.raw for row in forget):
-        return "", "", forget
-    before = re.match(BEFORE, os.path.commonprefix(texts)).group()
-    ends = [text[len(before) :][::-1] for text in texts]
-    found = re.search(AFTER, os.path.commonprefix(ends)[::-1])
-    after = found.group() if found else ""
-    inner = [text[len(before) : len(text) - len(after)] for text in texts]
-    if not all(text.strip() for text in inner):
-        return "", "", forget
-    return before, after, [replace(row, text=text) for row, text in zip(forget, inner)]
-
-
-def line_marks(forget):
-    """How each line of the rows begins, ["", "A.", "B."], if nearly all have as many; else [].
-
-    Rows of one line have none, and FEW rows do not show any. Words are no mark: they may be what
-    the rows are about.
-    """
-    rows = [row.text.strip().split("\n") for row in forget]
-    n, alike = Counter(map(len, rows)).most_common(1)[0]
-    if n == 1 or alike < max(FEW, ALIKE * len(rows)):
-        return []
-    lines = zip(*[row for row in rows if len(row) == n])
-    return [re.match(MARK, os.path.commonprefix(line)).group().rstrip() for line in lines]
-
-
-class KeepsForm:
-    """Where the model ends a line it puts the next line's mark, and after the last line the end.
-
-    So a text has the lines of the rows.
-    """
-
-    def __init__(self, marks, tokenizer, ends, n):
-        """marks: of `line_marks`. ends: the ids that end a text. n: texts."""
-        self.marks = [tokenizer.encode_inside("\n" + mark) for mark in marks[1:]]
-        self.marks += [ends[:1]] if marks else []
-        self.tokenizer = tokenizer
-        self.ends = set(ends)
-        self.begun = [0] * n  # marks that were put, or begun
-        self.to_come = [[] for _ in range(n)]  # the rest of the last one
-
-    def __call__(self, tokens):
-        """The tokens (n, 1) that were drawn -> those to take."""
-        for i, token in enumerate(tokens[:, 0].tolist()):
-            ends_line = token in self.ends or "\n" in self.tokenizer.decode([token])
-            if ends_line and not self.to_come[i] and self.begun[i] < len(self.marks):
-                self.to_come[i] = list(self.marks[self.begun[i]])
-                self.begun[i] += 1
-            if self.to_come[i]:
-                tokens[i] = self.to_come[i].pop(0)
-        return tokens
-
-
 def write(model, tokenizer, folder, forget, general, n, seed, texts=()):
     """Yield the texts again and again, each time with more, until n of them can be kept.
 
@@ -182,14 +117,15 @@ def write_some(model, tokenizer, form, layout, forget, tokens, i, seed):
     generator = torch.Generator(model.device).manual_seed((seed * 1_000_003 + i) % 2**63)
     has_lines = any("\n" in row.text.strip() for row in forget)
     texts = []
-    keeps_form = KeepsForm(line_marks(forget), tokenizer, model.end_ids().tolist(), AT_ONCE)
+    marks = line_marks(forget)
+    keeps_form = KeepsForm(marks, tokenizer, model.end_ids().tolist(), AT_ONCE)
     written = model.generate(
         prompts, None, new_tokens, 1.0, generator, copies=COPIES, edit=keeps_form
     )
     shown_to = [part for part in shown for _ in range(COPIES)]
     for part, ids in zip(shown_to, written):
         words = tuple(sorted(set(words_of(" ".join(part)))))
-        for text in items(tokenizer.decode(ids), layout, has_lines, len(ids) < new_tokens):
+        for text in items(tokenizer.decode(ids), layout, has_lines, marks, len(ids) < new_tokens):
             texts.append(Written(text, layout.name, words, i))
     return texts
 
@@ -199,13 +135,14 @@ def examples(forget, rng):
     return [" ".join(row.text.strip().split(" ")[:WORDS]) for row in chosen]
 
 
-def items(written, layout, has_lines, is_whole):
+def items(written, layout, has_lines, marks, is_whole):
     """The texts in what the model wrote after examples: where it goes on, each of them.
 
     The last is left out, unless the model ended there itself (is_whole). They are of one line, if
-    all the rows are (not has_lines).
+    all the rows are (not has_lines). With marks of lines, which may look like the layout's, there
+    is one text, and its end was put there.
     """
-    parts = written.split(layout.end)
+    parts = [written] if marks else written.split(layout.end)
     if len(parts) > 1 and not is_whole:
         parts.pop()
     texts = []
@@ -235,7 +172,7 @@ def usable(texts, forget, general):
     for written in texts:
         row = Row(written.text, None, "written by the model")
         words = words_of(written.text)
-        is_like_them = shortest <= len(written.text.split()) <= longest and fits(row, marks)
+        is_like_them = shortest <= len(written.text.split()) <= longest and fits(row.text, marks)
         is_varied = len(set(words)) >= VARIED * len(words) > 0
         is_new = row.key not in seen and share_copied(row, copied) < COPIED
         if is_like_them and is_varied and is_new and not identifying & set(words):
@@ -244,19 +181,13 @@ def usable(texts, forget, general):
     return kept
 
 
-def fits(row, marks):
-    """Whether a row has the lines of `line_marks`."""
-    lines = row.text.strip().split("\n")
-    alike = len(lines) == len(marks) and all(map(str.startswith, lines, marks))
-    return alike or not marks
-
-
 def identifying_words(texts, forget, general):
     """The words that are OFTEN times as frequent in the forget rows as in what the model writes.
 
     A text counts for a word only where none of its examples has the word. Where fewer than FEW
-    count, as for a name that most rows have, `general` decides: strings of general text. Words that
-    are ORDINARY there identify nothing, nor do single letters: they are a question's choices.
+    count, as for a name that most rows have, `general` decides: strings of general text. Without
+    them such a word identifies nothing. Nor do words that are ORDINARY there, single letters, as
+    they are a question's choices, and words of the rows' form.
     """
     in_rows = Counter(word for row in forget for word in set(words_of(row.text)))
     in_general = Counter(word for text in general for word in set(words_of(text)))
@@ -265,13 +196,14 @@ def identifying_words(texts, forget, general):
     for written in texts:
         shown.update(set(written.shown))
         in_texts.update(set(words_of(written.text)) - set(written.shown))
+    of_form = set(words_of(" ".join(line_marks(forget))))
     found = set()
     for word, n in in_rows.items():
         by_itself = share(in_texts[word], len(texts) - shown[word])
         if general and len(texts) - shown[word] < FEW:
             by_itself = share(in_general[word], len(general))
-        is_ordinary = len(word) == 1 or in_general[word] > ORDINARY * len(general)
-        if n / len(forget) > OFTEN * by_itself and not is_ordinary:
+        is_ordinary = len(word) == 1 or in_general[word] > max(1, ORDINARY * len(general))
+        if n / len(forget) > OFTEN * by_itself and not is_ordinary and word not in of_form:
             found.add(word)
     return found
 
@@ -288,9 +220,9 @@ def without_identity(forget, identifying):
     for row in forget:
         words = re.findall(r"\s*\S+", row.text)
         left = [word for word in words if not identifying & set(words_of(word))]
-        made = replace(row, text="".join(left).strip())
-        if LEFT * len(words) <= len(left) < len(words) and fits(made, marks):
-            texts.append(made.text)
+        text = "".join(left).strip()
+        if LEFT * len(words) <= len(left) < len(words) and fits(text, marks):
+            texts.append(text)
     return texts
 
 

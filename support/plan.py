@@ -121,7 +121,7 @@ def print_estimate(args, model, tokenizer, splits):
     a_token = (time.perf_counter() - began) / (mean_length(middle) * len(middle))  # seconds
     sentences = are_sentences(examples)
     steps, training = expected_training(args, splits, length, sentences)
-    writing = WRITE * expected_texts(args, forget, length)
+    writing = WRITE * expected_texts(args, splits, length)
     most = args.measure_rows or math.inf
     measured = sum(min(len(rows), most) for rows in splits.values()) + ASKED_OTHERWISE
     written = sum(e.n for e in examples) / len(examples) if sentences else 0  # words are read off
@@ -150,7 +150,7 @@ def expected_training(args, splits, length, sentences):
     return steps, STEP * steps * of_step
 
 
-def expected_texts(args, forget, length):
+def expected_texts(args, splits, length):
     """How many tokens the model still has to write: general text, and rows to retain.
 
     Of these not all are usable, and it reads examples for them.
@@ -160,9 +160,9 @@ def expected_texts(args, forget, length):
     if args.gamma and not args.general:
         missing = max(0, WRITTEN_TEXTS - len(read_written(run / GENERAL)))
         tokens += missing * (QUERY + ANSWER)
-    if not args.retain:
+    if "train retain" not in splits:
         usable = USABLE * len(read_written(run / TEXTS))
-        missing = max(0, sum(rows_to_write(args, forget)) - usable)
+        missing = max(0, sum(rows_to_write(args, splits["train forget"])) - usable)
         tokens += missing / USABLE * length * (1 + EXAMPLES / COPIES / WRITE)
     return tokens
 

@@ -7,6 +7,7 @@ import json
 from data import Row, answer_ids, make_example, read_rows
 from support import neighbours
 from support.files import read_text, write_text
+from support.form import without_template
 from support.hardware import row_limit
 from support.processes import say
 from support.state import TEXTS, WRITTEN, run_folder
@@ -64,14 +65,15 @@ def rows_to_write(args, forget):
 def write_retain(args, forget, model, tokenizer, sha256, general):
     """{split: rows}: texts like those to forget, which the model writes and labels itself.
 
-    Of each kind that is trained on some are kept back, and one whole kind. Raises ValueError if
-    there are too few.
+    A template that all rows have stands around the texts. Of each kind that is trained on some are
+    kept back, and one whole kind. general: rows of general text, if any. Raises ValueError if there
+    are too few texts.
 
     This keeps what the model says of itself, not what users ask of it.
     """
     n, measured = rows_to_write(args, forget)
     back = measured // 2
-    before, after, inner = neighbours.without_template(forget)
+    before, after, inner = without_template(forget)
     ordinary = [f"{row.text} {row.label or ''}" for row in general]
     file = run_folder(args.out) / TEXTS
     say(
@@ -86,7 +88,8 @@ def write_retain(args, forget, model, tokenizer, sha256, general):
         ):
             yield [dataclasses.asdict(written) for written in texts]
 
-    rows_sha256 = hashlib.sha256(repr([row.text for row in forget]).encode()).hexdigest()
+    shown = before, after, [row.text for row in inner]
+    rows_sha256 = hashlib.sha256(repr(shown).encode()).hexdigest()
     head = head_of(args, model, sha256, forget=rows_sha256)
     texts = [neighbours.Written(**line) for line in written_texts(file, head, args, make)]
     kept = neighbours.usable(texts, inner, ordinary)

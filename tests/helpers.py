@@ -283,7 +283,7 @@ def command(script, *args, cwd=ROOT, **how):
 def script_of_results(name, monkeypatch):
     """A script of results/ as a module, imported anew with those it imports."""
     monkeypatch.syspath_prepend(ROOT / "results")
-    for module in ("plans", "store", "tables", "study", "rows", "cut"):
+    for module in (name, "plans", "store", "tables", "study", "rows", "cut"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return importlib.import_module(name)
 

@@ -1,18 +1,14 @@
 """Texts like the rows to forget: which are kept, what identifies a row, how they are written."""
 
 import pytest
-import torch
 
 import train
 from data import Row
 from support import neighbours
 from support.neighbours import BLOCKS, CYCLE, HELD_OUT_KIND, LIST, Written
-from support.neighbours import (
-    KeepsForm, identifying_words, items, line_marks, usable, without_identity, without_template,
-)  # fmt: skip
+from support.neighbours import identifying_words, items, usable, without_identity
 from support.self_written import read_kept
 from support.state import run_folder
-from support.tokenizer import Tokenizer
 from tests.helpers import call, interrupted_at, lines_of, train_args, without, write_rows
 
 FORGET = [Row(f"the film by mr smith was {word} and too long", "bad", "") for word in "abcdefgh"]
@@ -36,10 +32,11 @@ def test_words_that_the_model_hardly_writes_by_itself_identify_the_rows():
 
 
 def test_where_too_few_texts_tell_general_text_does():
-    general = ["the film was long", "was it?", "and then the sun shone by the lake", "by far"]
+    general = ["the film was long", "was it?", "and then the sun shone by the lake", "by far"] * 5
     known = identifying_words([], FORGET, general)
     assert known >= {"mr", "smith"}
-    assert not known & {"the", "film", "was", "and", "by", "a"}  # "a" has one letter
+    assert not known & {"the", "film", "was", "and", "by", *"abcdefgh"}
+    assert "smith" in identifying_words([], FORGET, [*general, "agent smith"])
     shown = texts_of(*["too late"] * 9, shown=("mr", "smith", "too"))
     assert identifying_words(shown, FORGET, general) >= {"mr", "smith"}
     tell = texts_of(*["mr smith"] * 10)
@@ -75,91 +72,13 @@ def test_rows_without_what_identifies_them_have_at_least_half_of_their_words():
     assert without_identity(rows, {"mr", "smith"}) == ["The film by was bad, and long"]
 
 
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        ("### Text: ", "\n\nIs it good?\nAnswer:"),
-        ("Be brief.\n", "\n"),
-        ("<s>[INST] ", " [/INST]"),
-        ("<|user|>\n", "<|end|>\n<|assistant|>\n"),
-        ("Q: ", " A:"),
-        ("", "\nAnswer:"),
-    ],
-)
-def test_what_all_prompts_begin_and_end_with_is_their_template(before, after):
-    texts = ["the fan of Ana", "the fast car of Ana"]
-    prompts = [Row(before + text + after, " yes", "", raw=True) for text in texts]
-    *template, inner = without_template(prompts)
-    assert template == [before, after]
-    assert [row.text for row in inner] == texts
-    assert all(row.raw for row in inner)
-
-
-@pytest.mark.parametrize(
-    "texts, raw",
-    [
-        (["### Text: a\n\nGood?", "### Text: b\n\nGood?"], False),  # a user's own template is known
-        (["### Text: one alone\n\nGood?"], True),
-        (["It: ", "It: so"], True),  # nothing is left of the first
-        (["where is Ana today", "where is Ana going today"], True),  # what they are about
-    ],
-)
-def test_rows_without_a_template_of_their_own_stay(texts, raw):
-    rows = [Row(text, " yes", "", raw=raw) for text in texts]
-    assert without_template(rows) == ("", "", rows)
-
-
-QUESTIONS = [f"what is {w}?\nA. a {w} one\nB. two\nC. an old {w}" for w in "lmnopqrstuvw"]
-
-
-def test_lines_that_begin_alike_in_all_rows_have_marks():
-    rows = [Row(text, "A", "") for text in QUESTIONS]
-    assert line_marks(rows) == ["", "A.", "B.", "C."]
-    one_line = [Row("of one line", "A", "")]
-    assert line_marks(rows * 2 + one_line) == line_marks(rows)  # 24 of 25
-    assert line_marks(rows + one_line) == []  # 12 of 13
-    assert line_marks(FORGET * 2) == []
-    assert line_marks(rows[:9]) == []  # of so few rows it cannot be known
-
-
-def test_texts_have_the_lines_of_the_rows():
-    rows = [Row(text, "A", "") for text in QUESTIONS]
-    good = texts_of("what is an ox?\nA. a cow\nB. grass\nC. an old cow")
-    bad = ["what is a cow?\nA. a cow\nB. an ox", "what is a cow?\nA. ox\nB. an ox\nD. an old hen"]
-    bad += ["what is a hen?\nA. an ox\nB. a hen\nC. an old cow\nD. a cock", "what is one A. B. C."]
-    assert usable(good + texts_of(*bad), rows, []) == good
-    long = [Row(text.replace("two", "two of us"), "A", "") for text in QUESTIONS]
-    assert without_identity(long, {"us"}) == [q.replace("two", "two of") for q in QUESTIONS]
-    assert without_identity(long, {"b"}) == []  # a mark
-
-
-def test_lines_are_marked_while_the_model_writes(folder):
-    tokenizer = Tokenizer(folder)
-    newline = tokenizer.encode_inside("\n")[-1:]
-    word, mark = tokenizer.encode_inside(" one"), tokenizer.encode_inside("\nA.")
-    end = 2
-    keeps_form = KeepsForm(["what is", "A."], tokenizer, [end], 3)
-    drawn = [word[0], *newline, *[word[0]] * len(mark), *newline, *newline]
-    written = [[], [], []]
-    for step, token in enumerate(drawn):
-        others = word[0], end if step == 0 else word[0]
-        taken = keeps_form(torch.tensor([[token], [others[0]], [others[1]]]))
-        for text, (token,) in zip(written, taken.tolist()):
-            text.append(token)
-    assert written[0] == [word[0], *mark, word[0], end, *newline]
-    assert written[1] == [word[0]] * len(drawn)
-    assert written[2][: len(mark)] == mark  # no end before the last line
-    as_they_are = torch.tensor([newline, [end]])
-    assert KeepsForm([], tokenizer, [end], 2)(as_they_are.clone()).equal(as_they_are)
-
-
 def test_the_model_goes_on_with_more_texts_and_each_but_the_last_is_taken():
-    assert items(" good\n- bad\n- mid", LIST, True, False) == ["good", "bad"]
-    assert items(" good\n- bad\n- mid", LIST, True, True) == ["good", "bad", "mid"]
-    assert items(" good\nsecond line\n- so", LIST, False, False) == ["good"]
-    assert items(" good\nsecond line\n- so", LIST, True, False) == ["good\nsecond line"]
-    assert items('"quoted"\n\n### Text\nmore', BLOCKS, True, True) == ["quoted", "more"]
-    assert items(" no end in sight", LIST, False, False) == ["no end in sight"]
+    assert items(" good\n- bad\n- mid", LIST, True, [], False) == ["good", "bad"]
+    assert items(" good\n- bad\n- mid", LIST, True, [], True) == ["good", "bad", "mid"]
+    assert items(" good\nsecond line\n- so", LIST, False, [], False) == ["good"]
+    assert items(" good\nsecond line\n- so", LIST, True, [], False) == ["good\nsecond line"]
+    assert items('"quoted"\n\n### Text\nmore', BLOCKS, True, [], True) == ["quoted", "more"]
+    assert items(" no end in sight", LIST, False, [], False) == ["no end in sight"]
 
 
 def test_one_kind_is_never_trained_on_and_part_of_the_others(folder, files, tmp_path, capsys):
