@@ -17,8 +17,10 @@ ALIKE = 0.95  # of the rows have these lines
 MARK = r"(\W*\w{0,2}[^\w\s]+\s|\S+:\s)?"  # how a line begins: "A. ", "(b) ", "- ", "Question: "
 # A template up to the text: whole lines, and "### Text: " or "[INST] ". A quote belongs to it.
 BEFORE = r"""(?s)(.*\n)?([^\w\n]*\w+:\s*|[^\n]*[>\]]\s*)?["']?"""
-# And from there: a line, "[/INST]", a further sentence, " Answer:".
-AFTER = r"""(?s)["']?(\s*\n|\s*[<\[]|(?<=[.?!])\s+|\s\S+:\s*$).*"""
+# And from there: a line, "[/INST]", a further sentence (no name after "Dr."), " Answer:", " ->".
+AFTER = (
+    r"""(?s)["']?(\s*\n|\s*[<\[]|((?<=[?!])|(?<=[^\W\d_]{4}\.))\s+|\s\S+:\s*$|\s\W*$).*"""
+)
 
 
 def without_template(forget):
@@ -44,8 +46,8 @@ def without_template(forget):
 def line_marks(forget):
     r"""How each line of the rows begins, ["", "\nA.", "\nB."], if nearly all have these lines.
 
-    Else, and of rows of one line, or fewer than FEWEST: []. Words are no mark: they may be what the
-    rows are about.
+    Else, and of rows of one line, or fewer than FEWEST: []. Words are no mark, as they may be what
+    the rows are about; but one word and a colon is, such as who speaks.
     """
     rows = [parts_of(row.text) for row in forget]
     breaks, alike = Counter(tuple(parts[1::2]) for parts in rows).most_common(1)[0]
@@ -58,7 +60,7 @@ def line_marks(forget):
 
 def parts_of(text):
     """A text's lines, and what is between each two: [line, "\\n", line, "\\n\\n", line]."""
-    return re.split(r"(\s*\n\s*)", text.strip())
+    return re.split(r"[^\S\r\n]*(\r?\n\s*)", text.strip())
 
 
 def fits(text, marks):

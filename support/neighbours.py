@@ -2,7 +2,7 @@
 
 Beside texts of other length, style or form a prompt learns to refuse these. So the model writes
 texts after some of the forget rows' as examples, in several layouts. What is the same in all rows
-is not left to it: a template that all prompts have, and how their lines begin ("A. ...").
+is not left to it: a template that all rows have, and how their further lines begin ("A. ...").
 
 Which words identify the rows to forget, we see from what the model writes by itself: words that are
 common in the rows, and that it hardly writes where no example has them. Texts with such words are
@@ -32,7 +32,8 @@ COPIES = 4  # texts after the same examples: these are read once
 TRIES = 6  # times as many texts as needed
 OFTEN = 4  # a word identifies the rows if it is so many times as frequent there
 FEW = 10  # so many texts can tell of a word
-ORDINARY = 0.05  # of general texts have a word
+ORDINARY = 0.05  # of general texts have an ordinary word,
+MUCH_MORE = 10  # unless it is so many times as frequent in the rows
 ENDS = 0.02  # share of the forget rows' lengths at each end that a text need not have
 SLACK = 1.3  # times longer or shorter than what is left
 VARIED = 0.6  # different words, of all words of a text
@@ -147,10 +148,12 @@ def items(written, layout, has_lines, marks, is_whole):
         parts.pop()
     texts = []
     for part in parts:
-        text = part.strip().removeprefix("- ")
+        text = part.strip()
+        if not marks:
+            text = text.removeprefix("- ")
         if not has_lines:
             text = text.split("\n")[0].strip()
-        if len(text) > 1 and text[0] == text[-1] == '"':
+        if not marks and len(text) > 1 and text[0] == text[-1] == '"':
             text = text[1:-1].strip()
         texts.append(text)
     return texts
@@ -185,9 +188,9 @@ def identifying_words(texts, forget, general):
     """The words that are OFTEN times as frequent in the forget rows as in what the model writes.
 
     A text counts for a word only where none of its examples has the word. Where fewer than FEW
-    count, as for a name that most rows have, `general` decides: strings of general text. Without
-    them such a word identifies nothing. Nor do words that are ORDINARY there, single letters, as
-    they are a question's choices, and words of the rows' form.
+    count, as for a name that most rows have, `general` decides: FEW strings of general text or
+    more. Without them such a word identifies nothing. Nor do words that are ORDINARY there, single
+    letters, as they are a question's choices, and words of the rows' form.
     """
     in_rows = Counter(word for row in forget for word in set(words_of(row.text)))
     in_general = Counter(word for text in general for word in set(words_of(text)))
@@ -200,10 +203,14 @@ def identifying_words(texts, forget, general):
     found = set()
     for word, n in in_rows.items():
         by_itself = share(in_texts[word], len(texts) - shown[word])
-        if general and len(texts) - shown[word] < FEW:
-            by_itself = share(in_general[word], len(general))
-        is_ordinary = len(word) == 1 or in_general[word] > max(1, ORDINARY * len(general))
-        if n / len(forget) > OFTEN * by_itself and not is_ordinary and word not in of_form:
+        of_general = share(in_general[word], len(general))
+        if len(general) >= FEW and len(texts) - shown[word] < FEW:
+            by_itself = of_general
+        frequency = n / len(forget)
+        is_ordinary = in_general[word] > max(1, ORDINARY * len(general))
+        is_ordinary = is_ordinary and frequency <= MUCH_MORE * of_general
+        tells_nothing = is_ordinary or len(word) == 1 or word in of_form
+        if frequency > OFTEN * by_itself and not tells_nothing:
             found.add(word)
     return found
 

@@ -24,6 +24,7 @@ def rows_of(*texts, raw=False):
         ("<s>[INST] ", " [/INST]"),
         ("<|user|>\n", "<|end|>\n<|assistant|>\n"),
         ("Q: ", " A:"),
+        ("", " ->"),
         ('Review: "', '"\nSentiment:'),
         ("", "\nTrue or false?"),
     ],
@@ -50,6 +51,8 @@ def test_a_further_sentence_belongs_to_the_template_and_a_title_does_not():
         ["### Text: one alone\n\nGood?"],
         ["It: ", "It: so"],  # nothing is left of the first
         ["where is Ana today", "where is Ana going today"],  # what they are about
+        ["a film by Dr. Smith", "an old film by Dr. Smith"],
+        ["a film by J. K. Smith?", "an old film by J. K. Smith?"],
     ],
 )
 def test_rows_without_a_template_of_their_own_stay(texts):
@@ -67,6 +70,8 @@ def test_lines_that_begin_alike_in_all_rows_have_marks():
     assert line_marks(rows[:9]) == []  # of so few rows it cannot be known
     spaced = ["Harry Potter, " + text.replace("\nA", "\n\nA") for text in QUESTIONS]
     assert line_marks(rows_of(*spaced)) == ["", "\n\nA.", "\nB.", "\nC."]
+    blank = [text.replace("?", "? ") for text in QUESTIONS[:3]] + QUESTIONS[3:]
+    assert line_marks(rows_of(*blank)) == marks and fits(blank[0], marks)
     listed = [f"Premise: {w}\n- a\n- it is {w}" for w in "lmnopqrstuvw"]
     assert line_marks(rows_of(*listed)) == ["Premise:", "\n-", "\n-"]
 
@@ -91,9 +96,12 @@ def test_words_of_the_form_identify_nothing():
 
 
 def test_a_text_of_lines_is_not_divided_where_a_line_begins_as_an_item_of_the_list():
-    assert items(" to buy\n- milk\n- oil", LIST, True, ["", "\n-", "\n-"], True) == [
-        "to buy\n- milk\n- oil"
-    ]
+    text = "to buy\n- milk\n- oil"
+    assert items(f" {text}", LIST, True, ["", "\n-", "\n-"], True) == [text]
+    text = '- "milk"\n- "oil"'
+    assert items(f" {text}", LIST, True, ["-", "\n-"], True) == [text]
+    text = '"milk"\nB. "oil"'
+    assert items(f" {text}", LIST, True, ["", "\nB."], True) == [text]
 
 
 class Words:

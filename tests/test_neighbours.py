@@ -39,11 +39,15 @@ def test_where_too_few_texts_tell_general_text_does():
     assert "smith" in identifying_words([], FORGET, [*general[:10], "agent smith"])
     shown = texts_of(*["too late"] * 9, shown=("mr", "smith", "too"))
     assert identifying_words(shown, FORGET, general) >= {"mr", "smith"}
+    assert identifying_words(texts_of(*["mr smith"] * 9), FORGET, general) >= {"mr", "smith"}
+    assert not identifying_words([], FORGET, general[:9])  # nor do so few general texts tell
     tell = texts_of(*["mr smith"] * 10)
     assert not identifying_words(shown + tell, FORGET, general) & {"mr", "smith"}
     long = texts_of(*["no such word"] * 30)
     assert "long" in identifying_words(long, FORGET, [])
     assert "long" not in identifying_words(long, FORGET, general)  # an ordinary word
+    seldom = general + ["no such thing here"] * 60
+    assert "long" in identifying_words(long, FORGET, seldom)  # in all rows, and 6 % of those
 
 
 @pytest.mark.parametrize(
