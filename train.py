@@ -313,9 +313,9 @@ def prepare(args, splits, mode, change=None):
     if mode == "new":
         print_estimate(args, model, tokenizer, splits)
     asked = asked_of_model(args, splits)
-    known = splits["train forget"], base_sha256
-    own_text = general_rows(args, model, tokenizer, *known) if args.gamma else ([], [])
-    written = own_retain(args, splits, model, tokenizer, base_sha256, own_text[0])
+    forget = splits["train forget"]
+    texts = general_rows(args, model, tokenizer, forget, base_sha256) if args.gamma else ([], [])
+    written = own_retain(args, splits, model, tokenizer, base_sha256, texts[0])
     splits |= written
     limit = row_limit(args, args.num_tokens + args.earlier.q)
     most = args.measure_rows or math.inf
@@ -323,14 +323,13 @@ def prepare(args, splits, mode, change=None):
     to_ask = examples_to_ask(some, args.template, args.generic, tokenizer, limit)
     measured = {name: found for name, found, _ in to_ask}
     retain = splits["train retain"] + args.earlier.kept(args.seed)
-    rows = splits["train forget"], retain
-    examples, ways, cut = training_examples(args, *rows, model, tokenizer, limit)
+    examples, ways, cut = training_examples(args, forget, retain, model, tokenizer, limit)
 
     data = [examples, asked if written else None]
     data += [args.earlier.phi.tolist()] if args.after else []
     general = None
     if args.gamma:
-        general = make_general(args, tokenizer, splits, *own_text)
+        general = make_general(args, tokenizer, splits, *texts)
         data += [general.own, general.plain]
 
     batches = Batches(

@@ -4,7 +4,8 @@
     line_marks        how their lines begin, where they have several: "A.", "B."
     KeepsForm         puts these marks in while the model writes
 
-A model copies a form now and then. Beside such texts a prompt learns to refuse the form.
+Left to itself a model keeps a form in few of its texts. Beside those that do not have it a prompt
+learns to refuse the form.
 """
 
 import os.path
@@ -12,14 +13,32 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-FEWEST = 10  # rows show of which lines they are
+FEWEST = 10  # so many rows show which lines they have
 ALIKE = 0.95  # of the rows have these lines
 MARK = r"(\W*\w{0,2}[^\w\s]+\s|\S+:\s)?"  # how a line begins: "A. ", "(b) ", "- ", "Question: "
-# A template up to the text: whole lines, and "### Text: " or "[INST] ". A quote belongs to it.
-BEFORE = r"""(?s)(.*\n)?([^\w\n]*\w+:\s*|[^\n]*[>\]]\s*)?["']?"""
-# And from there: a line, "[/INST]", a further sentence (no name after "Dr."), " Answer:", " ->".
-AFTER = (
-    r"""(?s)["']?(\s*\n|\s*[<\[]|((?<=[?!])|(?<=[^\W\d_]{4}\.))\s+|\s\S+:\s*$|\s\W*$).*"""
+
+# A template up to a row's own text,
+BEFORE = re.compile(
+    r"""
+    (.*\n)?                 # whole lines,
+    ( [^\w\n]*\w+:\s*       # a label: "### Text: ",
+    | [^\n]*[>\]]\s* )?     # or all up to a bracket: "[INST] ",
+    ["']?                   # and a quote
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+# and from its end: a quote, and what begins with one of these.
+AFTER = re.compile(
+    r"""
+    ["']?
+    ( \s*\n                                   # a line
+    | \s*[<\[]                                # a bracket: " [/INST]"
+    | ( (?<=[?!]) | (?<=[^\W\d_]{4}\.) )\s+   # a sentence; after "Dr." there is none
+    | \s\S+:\s*$                              # a label: " Answer:"
+    | \s\W*$                                  # a sign: " ->"
+    ).*
+    """,
+    re.DOTALL | re.VERBOSE,
 )
 
 
@@ -33,9 +52,9 @@ def without_template(forget):
     texts = [row.text for row in forget]
     if len(texts) < 2:
         return "", "", forget
-    before = re.match(BEFORE, os.path.commonprefix(texts)).group()
+    before = BEFORE.match(os.path.commonprefix(texts)).group()
     ends = [text[len(before) :][::-1] for text in texts]
-    found = re.search(AFTER, os.path.commonprefix(ends)[::-1])
+    found = AFTER.search(os.path.commonprefix(ends)[::-1])
     after = found.group() if found else ""
     inner = [text[len(before) : len(text) - len(after)] for text in texts]
     if not all(text.strip() for text in inner):

@@ -119,10 +119,8 @@ def write_some(model, tokenizer, form, layout, forget, tokens, i, seed):
     has_lines = any("\n" in row.text.strip() for row in forget)
     texts = []
     marks = line_marks(forget)
-    keeps_form = KeepsForm(marks, tokenizer, model.end_ids().tolist(), AT_ONCE)
-    written = model.generate(
-        prompts, None, new_tokens, 1.0, generator, copies=COPIES, edit=keeps_form
-    )
+    edit = KeepsForm(marks, tokenizer, model.end_ids().tolist(), AT_ONCE) if marks else None
+    written = model.generate(prompts, None, new_tokens, 1.0, generator, copies=COPIES, edit=edit)
     shown_to = [part for part in shown for _ in range(COPIES)]
     for part, ids in zip(shown_to, written):
         words = tuple(sorted(set(words_of(" ".join(part)))))
@@ -141,7 +139,7 @@ def items(written, layout, has_lines, marks, is_whole):
 
     The last is left out, unless the model ended there itself (is_whole). They are of one line, if
     all the rows are (not has_lines). With marks of lines, which may look like the layout's, there
-    is one text, and its end was put there.
+    is one text.
     """
     parts = [written] if marks else written.split(layout.end)
     if len(parts) > 1 and not is_whole:
@@ -207,8 +205,8 @@ def identifying_words(texts, forget, general):
         if len(general) >= FEW and len(texts) - shown[word] < FEW:
             by_itself = of_general
         frequency = n / len(forget)
-        is_ordinary = in_general[word] > max(1, ORDINARY * len(general))
-        is_ordinary = is_ordinary and frequency <= MUCH_MORE * of_general
+        is_known = in_general[word] > max(1, ORDINARY * len(general))
+        is_ordinary = is_known and frequency <= MUCH_MORE * of_general
         tells_nothing = is_ordinary or len(word) == 1 or word in of_form
         if frequency > OFTEN * by_itself and not tells_nothing:
             found.add(word)
@@ -216,7 +214,7 @@ def identifying_words(texts, forget, general):
 
 
 def share(n, of):
-    """Where nothing was counted, a half."""
+    """n of so many, as a share that is never 0; where nothing was counted, a half."""
     return (n + 0.5) / (of + 1)
 
 
